@@ -1,0 +1,51 @@
+# Everything sets itself up: `make demo` and `make test` need Python 3.11 or newer, and nothing else.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SECONDS ?= 60
+
+.PHONY: demo test test-train lint types bundle bench models clean
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python))
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.train: $(VENV)/.dev
+	$(PIP) --editable ".[dev,train]"
+	touch $@
+
+demo: $(VENV)/.base  ## both simulated plants: learn, detect a fault, explain it, see it clear
+	$(BIN)/opcua-detector demo --process lorenz --seconds $(SECONDS)
+	$(BIN)/opcua-detector demo --process throttle --seconds $(SECONDS)
+
+test: $(VENV)/.dev  ## all tests that need no torch
+	$(BIN)/python -m pytest -m "not train" $(PYTEST_ARGS)
+
+test-train: $(VENV)/.train  ## tests that train with torch
+	$(BIN)/python -m pytest -m train $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## the measurements the README quotes
+	for b in tests/benchmarks/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+bundle: $(VENV)/.base  ## wheelhouse/: wheels, hashes and a requirements file for an install without a network
+	rm -rf wheelhouse && mkdir wheelhouse
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --constraint constraints.txt --wheel-dir wheelhouse .
+	$(BIN)/python tests/bundle_hashes.py wheelhouse
+	@echo "offline: pip install --no-index --find-links wheelhouse --require-hashes -r wheelhouse/requirements.txt"
+
+clean:
+	rm -rf $(VENV) build dist wheelhouse *.egg-info

@@ -1,0 +1,117 @@
+"""Wiring: config + models + client + engine + store; the only file that knows every part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .api import Plugin, Record, Tag
+from .config import Config, GroupConfig, MonitorConfig
+from .engine import AlertSettings, Monitor
+from .errors import ConfigError
+from .fitting import FitReport, fit_monitor
+from .model import NormalityModel
+from .model import load as load_model
+from .registry import Registry
+
+
+def group_tags(group: GroupConfig) -> tuple[Tag, ...]:
+    """Return the tags of a group, in the order of its frames."""
+    return tuple(tag.tag() for tag in group.tags)
+
+
+def monitor_tags(monitor: MonitorConfig, group: GroupConfig) -> tuple[Tag, ...]:
+    """Return the tags a monitor looks at: those it names (or all), and its state tag."""
+    wanted = monitor.tags if monitor.tags is not None else tuple(t.name for t in group.tags)
+    if monitor.state_tag and monitor.state_tag not in wanted:
+        wanted = (*wanted, monitor.state_tag)
+    known = {tag.name: tag for tag in group_tags(group)}
+    return tuple(known[name] for name in wanted)
+
+
+def model_path(config_file: Path, monitor: MonitorConfig) -> Path:
+    """Return where the model of a monitor is kept: as configured, or models/<monitor>.npz beside the config."""
+    return monitor.model or config_file.resolve().parent / "models" / f"{monitor.name}.npz"
+
+
+def registry_of(config: Config) -> Registry:
+    """Return the plugins that this config can use."""
+    return Registry(config.plugins)
+
+
+def methods_of(monitor: MonitorConfig, registry: Registry) -> list[tuple[str, Plugin, Any]]:
+    """Return (name, plugin, parameters) of each method of a monitor; ConfigError names a wrong parameter."""
+    found = []
+    for item in monitor.methods:
+        given = {key: value for key, value in item.items() if key != "name"}
+        found.append((item["name"], registry.get(item["name"]), registry.params(item["name"], given)))
+    return found
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One fitted monitor."""
+
+    monitor: MonitorConfig
+    model: NormalityModel
+    report: FitReport
+    path: Path
+
+
+def fit_config(
+    config: Config, config_file: Path, record_of: Callable[[GroupConfig], Record], *, only: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Fitted]:
+    """Fit the monitors of a config on a healthy record of each group, and save the models.
+
+    `record_of` is called once per group and gives a record of the group's tags.
+    """
+    registry = registry_of(config)
+    chosen = [config.monitor(name) for name in only] if only else list(config.monitors)
+    if not chosen:
+        raise ConfigError("no monitor is configured", file=str(config_file), key="monitors",
+                          next_step="add a monitor; the samples in configs/ show one")
+    prepared = [(monitor, methods_of(monitor, registry)) for monitor in chosen]
+    records: dict[str, Record] = {}
+    done = []
+    for monitor, methods in prepared:
+        group = config.group(monitor.group)
+        if group.name not in records:
+            records[group.name] = record_of(group)
+        tags = monitor_tags(monitor, group)
+        record = records[group.name].select([tag.name for tag in tags])
+        record = replace(record, tags=tags)
+        progress(f"monitor {monitor.name}: {len(record)} rows of {len(tags)} tags")
+        model, report = fit_monitor(
+            monitor.name, record, methods, state_tag=monitor.state_tag, windows_ns=monitor.windows,
+            false_alarms_per_day=monitor.false_alarms_per_day, progress=progress)
+        path = model_path(config_file, monitor)
+        model.save(path)
+        done.append(Fitted(monitor, model, report, path))
+    return done
+
+
+def open_monitor(
+    monitor: MonitorConfig, group: GroupConfig, model: NormalityModel, registry: Registry,
+) -> Monitor:
+    """Open a fitted monitor for frames of its group."""
+    tags = group_tags(group)
+    model.require(tags, group.period)
+    columns = model.plan.columns
+    methods = [registry.get(m.plugin).open(m, columns) for m in model.methods]
+    alert = AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity)
+    return Monitor(monitor.name, model, methods, tags, alert)
+
+
+def open_monitors(config: Config, config_file: Path, *, only: Sequence[str] = ()) -> dict[str, list[Monitor]]:
+    """Load the models of a config and return group name -> opened monitors."""
+    registry = registry_of(config)
+    chosen = [config.monitor(name) for name in only] if only else list(config.monitors)
+    opened: dict[str, list[Monitor]] = {}
+    for monitor in chosen:
+        group = config.group(monitor.group)
+        model = load_model(model_path(config_file, monitor))
+        opened.setdefault(group.name, []).append(open_monitor(monitor, group, model, registry))
+    return opened

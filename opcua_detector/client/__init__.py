@@ -1,0 +1,1 @@
+"""The OPC UA client: session, nodes, subscription to frames, history, write-back."""

@@ -1,0 +1,159 @@
+"""From tags to columns: which tags are usable, and what a method sees of each.
+
+A counter becomes its difference per row, an angle its sine and cosine, everything else stays. Constants,
+clocks, undeclared totalisers and duplicates are left out, each with a reason that is shown to the user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .api import Float64, Int64, Record, Tag, TagKind, UInt8
+from .errors import RecordError
+from .kernels.columns import COSINE, DIFFERENCE, SAME, SINE, prepare, prepare_rows
+
+_MONOTONE_SHARE = 0.999  # of the steps that move, so many go up: a totaliser, also with a few roll-overs
+_MIN_STEPS = 50
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """How a row of tags becomes a row of columns.
+
+    tags : names of the tags a row holds, in order
+    columns : the columns, in order
+    index : int64[n_columns]; tag of each column
+    op : int64[n_columns]; operation of `kernels.columns`
+    scale : float64[n_columns]; radians per unit for angles, else 1
+    """
+
+    tags: tuple[str, ...]
+    columns: tuple[Tag, ...]
+    index: Int64
+    op: Int64
+    scale: Float64
+
+    def owner(self, column: str) -> str:
+        """Return the tag that a column was made of."""
+        at = [c.name for c in self.columns].index(column)
+        return self.tags[int(self.index[at])]
+
+    def prepare(self, record: Record) -> Record:
+        """Return the record of columns for a record of these tags."""
+        rows = record if tuple(t.name for t in record.tags) == self.tags else record.select(self.tags)
+        out = np.empty((len(rows), len(self.columns)))
+        out_valid = np.empty((len(rows), len(self.columns)), np.uint8)
+        prepare_rows(rows.values, rows.valid, rows.gap, self.index, self.op, self.scale, out, out_valid)
+        return replace(rows, tags=self.columns, values=out, valid=out_valid)
+
+    def stepper(self) -> ColumnStepper:
+        """Return the streaming form."""
+        return ColumnStepper(self)
+
+
+class ColumnStepper:
+    """Streaming form of a `ColumnPlan`: the same kernel, one row at a time."""
+
+    def __init__(self, plan: ColumnPlan) -> None:
+        n = len(plan.columns)
+        self._plan = plan
+        self._last, self._last_valid = np.full(n, np.nan), np.zeros(n, np.uint8)
+
+    def step(self, values: Float64, valid: UInt8, gap: bool, out: Float64, out_valid: UInt8) -> None:
+        """Write one row of columns: float64[n_tags] -> float64[n_columns]."""
+        plan = self._plan
+        prepare(values, valid, plan.index, plan.op, plan.scale, gap, self._last, self._last_valid, out, out_valid)
+
+
+def make_plan(tags: Sequence[Tag]) -> ColumnPlan:
+    """Return the plan that uses every one of these tags."""
+    columns: list[Tag] = []
+    index, op, scale = [], [], []
+    for i, tag in enumerate(tags):
+        if tag.kind is TagKind.COUNTER:
+            made = [(replace(tag, name=f"step of {tag.name}", unit=f"{tag.unit}/row".lstrip("/")), DIFFERENCE, 1.0)]
+        elif tag.kind is TagKind.ANGLE:
+            turn = 2 * math.pi / tag.turn
+            made = [(replace(tag, name=f"sin({tag.name})", unit=""), SINE, turn),
+                    (replace(tag, name=f"cos({tag.name})", unit=""), COSINE, turn)]
+        else:
+            made = [(tag, SAME, 1.0)]
+        for column, operation, factor in made:
+            columns.append(column)
+            index.append(i)
+            op.append(operation)
+            scale.append(factor)
+    return ColumnPlan(
+        tuple(t.name for t in tags), tuple(columns), np.array(index, np.int64), np.array(op, np.int64),
+        np.array(scale, np.float64),
+    )
+
+
+def usable_tags(record: Record) -> tuple[tuple[Tag, ...], dict[str, str]]:
+    """Return the tags worth using and, for each other one, the reason why not.
+
+    Raises
+    ------
+    RecordError
+        A tag has no valid value at all, or no tag is left to judge.
+    """
+    used: list[Tag] = []
+    reasons: dict[str, str] = {}
+    for i, tag in enumerate(record.tags):
+        reason = _reason_against(record, i)
+        if reason is None:
+            reason = next((f"duplicate of {other.name}" for other in used
+                           if _same(record, i, [t.name for t in record.tags].index(other.name))), None)
+        if reason is None:
+            used.append(tag)
+        else:
+            reasons[tag.name] = reason
+    if not any(tag.judged for tag in used):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "only setpoints and states"
+        raise RecordError("no tag is left to judge", where=listed,
+                          next_step="add measured tags that move, or take a record in which they move")
+    return tuple(used), reasons
+
+
+def _reason_against(record: Record, i: int) -> str | None:
+    tag = record.tags[i]
+    ok = record.valid[:, i] != 0
+    x = record.values[ok, i]
+    if len(x) == 0:
+        raise RecordError("the tag has no valid value in the whole record", where=f"tag {tag.name}",
+                          next_step="check its node and its StatusCode with `opcua-detector check`, or remove the tag")
+    span = float(x.max() - x.min())
+    if span <= 1e-12 * max(1.0, float(np.abs(x).max())):
+        return f"constant at {x[0]:g}" + (f" {tag.unit}" if tag.unit else "")
+    if tag.kind is TagKind.STATE:
+        return None
+    both = ok[1:] & ok[:-1] & (record.gap[1:] == 0)
+    steps = np.diff(record.values[:, i])[both]
+    if tag.kind is TagKind.COUNTER:
+        up = steps[steps >= 0]
+        if len(up) and float(up.max() - up.min()) <= 1e-9 * max(1e-12, float(up.max())):
+            return "counts at a constant rate, like a clock"
+        return None
+    moving = steps[steps != 0]
+    if tag.kind is TagKind.MEASURED and len(moving) >= _MIN_STEPS:
+        up_share = float(np.mean(moving > 0))
+        if max(up_share, 1 - up_share) >= _MONOTONE_SHARE:
+            regular = float(moving.std()) <= 1e-6 * abs(float(moving.mean()))
+            return ("a clock: it moves at a constant rate" if regular
+                    else "a totaliser: it only moves one way; declare `kind: counter` to judge its rate")
+    return None
+
+
+def _same(record: Record, i: int, j: int) -> bool:
+    """Whether two tags carry the same signal, also in another unit: |correlation| = 1 to rounding."""
+    both = (record.valid[:, i] & record.valid[:, j]) != 0
+    if both.sum() < 3:
+        return False
+    a, b = record.values[both, i], record.values[both, j]
+    a, b = a - a.mean(), b - b.mean()
+    norm = math.sqrt(float((a * a).sum()) * float((b * b).sum()))
+    return norm > 0 and abs(float((a * b).sum())) / norm > 1 - 1e-10

@@ -1,0 +1,455 @@
+"""The configuration: one YAML file -> validated models; every error names file, line, key, value, what was expected.
+
+The models are the truth: the samples in `configs/` are tested against them, and `json_schema()` gives editors
+the same rules. Durations carry their unit ("10 ms"), so that none is ever guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from .api import Tag, TagKind
+from .errors import ConfigError
+from .nodes import SIGNALS
+
+_UNITS_NS = {"us": 10**3, "ms": 10**6, "s": 10**9, "min": 60 * 10**9, "h": 3600 * 10**9, "d": 86400 * 10**9}
+_UNITS_BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _quantity(value: Any, units: dict[str, int], example: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", value) if isinstance(value, str) else None
+    if match is None or match[2] not in units:
+        raise ValueError(f"a number with its unit ({', '.join(units)}), such as {example!r}")
+    return round(float(match[1]) * units[match[2]])
+
+
+def _duration(value: Any) -> int:
+    return _quantity(value, _UNITS_NS, "10 ms")
+
+
+def _size(value: Any) -> int:
+    return _quantity(value, _UNITS_BYTES, "2 GB")
+
+
+DurationNs = Annotated[
+    int, BeforeValidator(_duration),
+    WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?(us|ms|s|min|h|d)$"}),
+]
+Bytes = Annotated[
+    int, BeforeValidator(_size), WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?(kB|MB|GB)$"})
+]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=64)]
+NodeText = Annotated[str, Field(min_length=3)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _node_text(value: str) -> str:
+    if value.startswith("/") or re.match(r"^(nsu=[^;]+;|ns=\d+;)?[isgb]=.+", value):
+        return value
+    raise ValueError("a NodeId such as 'nsu=urn:plant;s=Reactor.T1' or a browse path such as '/Objects/2:Plant/2:T1'")
+
+
+class ServerConfig(Section):
+    """One OPC UA server and how to log in."""
+
+    name: Name
+    endpoint: str
+    policy: Literal["None", "Basic256Sha256"] = "Basic256Sha256"
+    mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
+    insecure: bool = False
+    user: str = ""
+    password_env: str = ""
+    password_file: Path | None = None
+    server_certificate: Path | None = None
+    pki: Path = Path("pki")
+    timeout: DurationNs = 4 * 10**9
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint(cls, value: str) -> str:
+        if not re.match(r"^opc\.tcp://[^/\s:]+(:\d+)?(/\S*)?$|^opc\.tcp://\[[0-9a-fA-F:]+\](:\d+)?(/\S*)?$", value):
+            raise ValueError("an endpoint such as 'opc.tcp://192.0.2.10:4840/'")
+        return value
+
+    @model_validator(mode="after")
+    def _secure(self) -> ServerConfig:
+        if self.policy == "None" and not self.insecure:
+            raise ValueError("policy Basic256Sha256, or 'insecure: true' typed beside 'policy: None'")
+        if self.policy != "None" and self.server_certificate is None and not self.insecure:
+            raise ValueError("server_certificate (the certificate this client trusts), or 'insecure: true'")
+        if self.user and self.policy == "None":
+            raise ValueError("a policy other than None when a user name is given: a password never travels in clear")
+        if self.user and not (self.password_env or self.password_file):
+            raise ValueError("password_env (a variable's name) or password_file beside user; never the password itself")
+        return self
+
+    def password(self) -> str:
+        """Return the password from its variable or file; ConfigError where it is not there."""
+        key = f"servers.{self.name}"
+        if self.password_env:
+            if self.password_env not in os.environ:
+                raise ConfigError("the variable with the password is not set", key=f"{key}.password_env",
+                                  value=self.password_env, next_step=f"set {self.password_env} in the environment")
+            return os.environ[self.password_env]
+        assert self.password_file is not None
+        try:
+            if os.name == "posix" and self.password_file.stat().st_mode & 0o077:
+                raise ConfigError("the password file is readable by others", key=f"{key}.password_file",
+                                  value=str(self.password_file), expected="mode 0600",
+                                  next_step=f"chmod 600 {self.password_file}")
+            return self.password_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError("the password file cannot be read", key=f"{key}.password_file",
+                              value=str(self.password_file), next_step=f"check the path: {error}") from error
+
+
+class TagConfig(Section):
+    """One tag of a group."""
+
+    name: Name
+    node: Annotated[NodeText, BeforeValidator(_node_text)]
+    kind: TagKind = TagKind.MEASURED
+    unit: str = ""
+    eu_range: tuple[float, float] | None = None
+    decimals: int | None = Field(default=None, ge=0, le=15)
+    description: str = ""
+    path: str = ""
+    quality: Literal["hold", "mask", "stop"] = "mask"
+    turn: float = Field(default=360.0, gt=0)
+    server: str = ""
+
+    @field_validator("eu_range")
+    @classmethod
+    def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError("[low, high] with low < high")
+        return value
+
+    def tag(self) -> Tag:
+        """Return the tag as the engine knows it."""
+        return Tag(self.name, self.node, self.kind, self.unit, self.eu_range, self.decimals,
+                   self.description, self.path, self.quality, self.turn)
+
+
+class GroupConfig(Section):
+    """Tags sampled at one period; the rule of time is in `opcua_detector.frames`."""
+
+    name: Name
+    server: str
+    period: DurationNs
+    sampling: DurationNs | None = None
+    publishing: DurationNs | None = None
+    lateness: DurationNs | None = None
+    max_hold: int = Field(default=20, ge=1, le=100000)
+    tags: tuple[TagConfig, ...] = Field(min_length=1)
+
+    @field_validator("period")
+    @classmethod
+    def _positive(cls, value: int) -> int:
+        if value < 10**6:
+            raise ValueError("a period of at least '1 ms'")
+        return value
+
+    @property
+    def sampling_ns(self) -> int:
+        """Requested SamplingInterval: half the period, since at the period itself 15-25 % of changes are lost."""
+        return self.period // 2 if self.sampling is None else self.sampling
+
+    @property
+    def publishing_ns(self) -> int:
+        """Requested PublishingInterval, by default the period."""
+        return self.period if self.publishing is None else self.publishing
+
+    @property
+    def lateness_ns(self) -> int:
+        """How long a row waits for tags that have not reported, by default one period."""
+        return self.period if self.lateness is None else self.lateness
+
+
+class OutputsConfig(Section):
+    """Which node takes which output; only nodes named here are ever written."""
+
+    server: str
+    base: str = ""
+    signals: tuple[str, ...] | None = None
+    nodes: dict[str, Annotated[str, BeforeValidator(_node_text)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known(self) -> OutputsConfig:
+        for signal in (*(self.signals or ()), *self.nodes):
+            if signal not in SIGNALS:
+                raise ValueError(f"signals among {', '.join(SIGNALS)}; {signal!r} is none of them")
+        if not self.base and not self.nodes:
+            raise ValueError("base (node of the prepared result object) or nodes (signal: NodeId)")
+        if self.base:
+            _node_text(self.base)
+        if self.signals is not None and not self.base:
+            raise ValueError("base beside signals: they are the nodes '<base>.<signal>'")
+        return self
+
+    def node_of(self) -> dict[str, str]:
+        """Return signal -> node text for every node that may be written."""
+        chosen = (self.signals if self.signals is not None else tuple(SIGNALS)) if self.base else ()
+        return {signal: f"{self.base}.{signal}" for signal in chosen} | self.nodes
+
+
+class MonitorConfig(Section):
+    """A set of tags -> methods -> channels -> one fused score."""
+
+    name: Name
+    group: str
+    tags: tuple[str, ...] | None = None
+    methods: tuple[dict[str, Any], ...] = ({"name": "transition"},)
+    windows: tuple[DurationNs, ...] = Field(default=(), max_length=4)
+    state_tag: str = ""
+    false_alarms_per_day: float = Field(default=1.0, gt=0, le=86400)
+    on_delay: DurationNs = 0
+    off_delay: DurationNs = 500 * 10**6
+    severity: int = Field(default=500, ge=1, le=1000)
+    model: Path | None = None
+    outputs: OutputsConfig | None = None
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _methods(cls, value: Any) -> Any:
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+            raise ValueError("a list such as [transition, {name: onnx, model: m.onnx}]")
+        methods = [{"name": item} if isinstance(item, str) else item for item in value]
+        for item in methods:
+            if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+                raise ValueError("for each method its name, or a mapping with the key 'name'")
+        return methods
+
+
+class StoreConfig(Section):
+    """The SQLite store: where, how much, how long."""
+
+    path: Path = Path("opcua-detector.db")
+    quota: Bytes = 2 * 10**9
+    keep_rows: DurationNs = 30 * 86400 * 10**9
+    record: bool = True
+    synchronous: Literal["normal", "full"] = "normal"
+
+
+class Config(Section):
+    """The whole file."""
+
+    version: Literal[1]
+    servers: tuple[ServerConfig, ...] = Field(min_length=1)
+    groups: tuple[GroupConfig, ...] = Field(min_length=1)
+    monitors: tuple[MonitorConfig, ...] = ()
+    store: StoreConfig = StoreConfig()
+    plugins: tuple[Path, ...] = ()
+
+    @model_validator(mode="after")
+    def _references(self) -> Config:
+        _unique("servers", [s.name for s in self.servers])
+        _unique("groups", [g.name for g in self.groups])
+        _unique("monitors", [m.name for m in self.monitors])
+        servers = {s.name for s in self.servers}
+        groups = {g.name: [t.name for t in g.tags] for g in self.groups}
+        for group in self.groups:
+            _unique(f"groups.{group.name}.tags", groups[group.name])
+            for server in (group.server, *(t.server for t in group.tags if t.server)):
+                _known(f"groups.{group.name}.server", server, servers)
+        for monitor in self.monitors:
+            _known(f"monitors.{monitor.name}.group", monitor.group, groups)
+            for tag in (*(monitor.tags or ()), *((monitor.state_tag,) if monitor.state_tag else ())):
+                _known(f"monitors.{monitor.name}.tags", tag, groups[monitor.group])
+            if monitor.outputs:
+                _known(f"monitors.{monitor.name}.outputs.server", monitor.outputs.server, servers)
+        return self
+
+    def server(self, name: str) -> ServerConfig:
+        """Return the server of that name."""
+        return next(s for s in self.servers if s.name == name)
+
+    def group(self, name: str) -> GroupConfig:
+        """Return the group of that name; ConfigError lists the known ones."""
+        return _pick("groups", name, self.groups)
+
+    def monitor(self, name: str) -> MonitorConfig:
+        """Return the monitor of that name; ConfigError lists the known ones."""
+        return _pick("monitors", name, self.monitors)
+
+
+_Named = TypeVar("_Named", GroupConfig, MonitorConfig)
+
+
+def _pick(key: str, name: str, among: tuple[_Named, ...]) -> _Named:
+    for item in among:
+        if item.name == name:
+            return item
+    raise ConfigError("there is none of this name", key=key, value=name,
+                      expected="one of " + (", ".join(i.name for i in among) or "(none configured)"))
+
+
+def _unique(key: str, names: list[str]) -> None:
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise ValueError(f"names used once in {key}; {', '.join(sorted(twice))} stands there twice")
+
+
+def _known(key: str, name: str, among: Any) -> None:
+    if name not in among:
+        raise ValueError(f"at {key} one of {', '.join(sorted(among))}; {name!r} is none of them")
+
+
+def load(path: str | Path) -> Config:
+    """Read and validate a configuration file.
+
+    Raises ConfigError with file, line, key, value, what was expected and the next step. Relative paths in the
+    file are taken from the file's own folder.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("the configuration file cannot be read", file=str(file),
+                          next_step=f"check the path ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("the file is not UTF-8 text", file=str(file), next_step="save it as UTF-8") from error
+    return parse(text, file=str(file), folder=file.resolve().parent)
+
+
+def parse(text: str, *, file: str = "(text)", folder: Path | None = None) -> Config:
+    """Validate configuration text; as `load`."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("this is not valid YAML", file=file, next_step=str(error)) from error
+    if root is None or not isinstance(content, dict):
+        raise ConfigError("the file is empty or no mapping", file=file, expected="keys version, servers, groups",
+                          next_step="start from a sample in configs/")
+    _no_duplicate_keys(root, file)
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise _config_error(error, root, file) from None
+    return _resolve_paths(config, folder) if folder else config
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the configuration, for editors."""
+    return Config.model_json_schema()
+
+
+def _resolve_paths(config: Config, folder: Path) -> Config:
+    def at(path: Path | None) -> Path | None:
+        return None if path is None else folder / path
+
+    return config.model_copy(update={
+        "servers": tuple(s.model_copy(update={
+            "password_file": at(s.password_file), "server_certificate": at(s.server_certificate),
+            "pki": at(s.pki)}) for s in config.servers),
+        "monitors": tuple(m.model_copy(update={"model": at(m.model), "methods": tuple(
+            _method_paths(item, folder) for item in m.methods)}) for m in config.monitors),
+        "store": config.store.model_copy(update={"path": at(config.store.path)}),
+        "plugins": tuple(folder / p for p in config.plugins),
+    })
+
+
+def _method_paths(item: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A method's `model` is a file, except where it names one that ships with a plugin (`bundled:...`)."""
+    model = item.get("model")
+    if isinstance(model, str) and not model.startswith("bundled:"):
+        return item | {"model": str(folder / model)}
+    return item
+
+
+def _no_duplicate_keys(node: yaml.Node, file: str) -> None:
+    for mapping in _mappings(node):
+        seen: set[str] = set()
+        for key, _ in mapping.value:
+            if key.value in seen:
+                raise ConfigError("the key stands here twice", file=f"{file}, line {key.start_mark.line + 1}",
+                                  key=str(key.value), next_step="remove one of the two")
+            seen.add(key.value)
+
+
+def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _config_error(error: ValidationError, root: yaml.Node, file: str) -> ConfigError:
+    """Turn the first pydantic error into ours; further ones are counted in the next step."""
+    problems = [e for e in error.errors() if e["type"] != "too_short"] or list(error.errors())
+    # A misspelt key is both unknown and missing: the unknown one tells more.
+    first = next((e for e in problems if e["type"] == "extra_forbidden"), problems[0])
+    loc = tuple(part for part in first["loc"] if not str(part).startswith("function-"))
+    line, key = _locate(root, loc)
+    kind = first["type"]
+    more = len(problems) - 1
+    after = f" ({more} more to follow)" if more else ""
+    message = str(first["msg"]).removeprefix("Value error, ")
+    where = f"{file}, line {line}"
+    if kind == "extra_forbidden":
+        allowed = _allowed_keys(loc)
+        return ConfigError("unknown key", file=where, key=key, value=first["input"], expected=allowed,
+                           next_step=f"correct the spelling or remove the key{after}")
+    if kind == "missing":
+        return ConfigError("a key is missing", file=where, key=key, expected=f"the key '{loc[-1]}'",
+                           next_step=f"add it; the samples in configs/ show each key{after}")
+    value = first["input"] if not isinstance(first["input"], dict | list) else None
+    return ConfigError("wrong value", file=where, key=key, value=value,
+                       expected=message[0].lower() + message[1:], next_step=f"correct the value{after}")
+
+
+def _locate(root: yaml.Node, loc: tuple[int | str, ...]) -> tuple[int, str]:
+    """Return (line, dotted key) of a location, as deep as the file goes."""
+    node, line, parts = root, root.start_mark.line + 1, []
+    for part in loc:
+        parts.append(f"[{part}]" if isinstance(part, int) else f".{part}")
+        found: yaml.Node | None = None
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == part:
+                    found, line = value, key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = node.value[part]
+            line = found.start_mark.line + 1
+        if found is None:
+            break
+        node = found
+    return line, "".join(parts).lstrip(".")
+
+
+def _allowed_keys(loc: tuple[int | str, ...]) -> str:
+    model: type[BaseModel] = Config
+    tree: dict[str, type[BaseModel]] = {
+        "servers": ServerConfig, "groups": GroupConfig, "monitors": MonitorConfig, "store": StoreConfig,
+        "outputs": OutputsConfig}
+    for part in loc[:-1]:
+        if part == "tags" and model is GroupConfig:
+            model = TagConfig
+        else:
+            model = tree.get(str(part), model)
+    return "one of " + ", ".join(model.model_fields)

@@ -1,0 +1,242 @@
+"""The low-latency loop's core: `Engine.step(frame) -> verdicts`; no asyncio, no OPC UA, no SQLite.
+
+Live operation, replay and tests all use it. Everything is allocated at construction; a step only copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .alarms import AlertState
+from .api import (
+    BAD_DATA_UNAVAILABLE,
+    BAD_WAITING_FOR_INITIAL_DATA,
+    GOOD,
+    UNCERTAIN_SUB_NORMAL,
+    Cause,
+    Explanation,
+    Float64,
+    Frame,
+    Int64,
+    Method,
+    Record,
+    Tag,
+    UInt8,
+    Verdict,
+)
+from .columns import ColumnPlan
+from .explain import rank, sentence
+from .kernels.score import BOUND, CONF, SCORE, TRANS
+from .model import NormalityModel
+
+_QUALITY = {GOOD: "Good", BAD_WAITING_FOR_INITIAL_DATA: "warming up", BAD_DATA_UNAVAILABLE: "operating state not learnt"}
+
+
+@dataclass(frozen=True)
+class AlertSettings:
+    """What makes an alert of a score (times on the SourceTimestamp clock)."""
+
+    on_delay_ns: int = 0
+    off_delay_ns: int = 500_000_000
+    severity: int = 500
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The last rows of a monitor, copied, so that they can be explained on another thread.
+
+    values float64[m, n_columns]; valid uint8[m, n_columns]; source_ns int64[m]; window: judged rows;
+    contribution float64[n_tags]; lead: index of the method that sets the score; event_no
+    """
+
+    values: Float64
+    valid: UInt8
+    source_ns: Int64
+    window: int
+    contribution: Float64
+    lead: int
+    event_no: int
+
+
+class Monitor:
+    """One monitor: tags -> columns -> methods -> channels -> one fused score -> alert.
+
+    Parameters
+    ----------
+    model : NormalityModel
+    methods : opened methods, in the order of the model
+    group_tags : tags of the frames that will come (a superset of the model's tags, in any order)
+    """
+
+    def __init__(
+        self, name: str, model: NormalityModel, methods: Sequence[Method], group_tags: Sequence[Tag],
+        alert: AlertSettings = AlertSettings(),
+    ) -> None:
+        model.require(group_tags, model.period_ns)
+        self.name, self.model, self.methods = name, model, tuple(methods)
+        self.settings = alert
+        names = [tag.name for tag in group_tags]
+        plan = model.plan
+        at = np.array([names.index(tag.name) for tag in model.tags], np.int64)
+        # The stepper reads the group's frame directly: tag indices are those of the group.
+        self._stepper = ColumnPlan(tuple(names), plan.columns, at[plan.index], plan.op, plan.scale).stepper()
+        self.plan = plan
+        self._used = at
+        self._state_at = names.index(model.state_tag) if model.state_tag else -1
+        self._state_index = {value: i for i, value in enumerate(model.calibration.states)}
+        self._scorer = model.calibration.scorer()
+        self._alert = AlertState(alert.on_delay_ns, alert.off_delay_ns)
+        self._make_buffers()
+        self.verdict = Verdict(name, model.model_id, tuple(t.name for t in model.tags),
+                               np.full(len(model.calibration.channels), np.nan), np.zeros(len(model.tags)))
+
+    def _make_buffers(self) -> None:
+        n_columns = len(self.plan.columns)
+        self._residual = np.full(len(self.model.calibration.channels), np.nan)
+        self._slices: list[tuple[Method, Float64]] = []
+        first = 0
+        for method in self.methods:
+            self._slices.append((method, self._residual[first:first + len(method.channels)]))
+            first += len(method.channels)
+        reach = max(method.lag + method.memory for method in self.methods)
+        length = int(self.model.calibration.windows.max()) + 2 * reach + 2
+        self._ring = np.full((length, n_columns), np.nan)
+        self._ring_valid = np.zeros((length, n_columns), np.uint8)
+        self._ring_ns = np.zeros(length, np.int64)
+        self._rows = [(self._ring[i], self._ring_valid[i]) for i in range(length)]
+        self._pos, self._filled = -1, 0
+        tag_of = {tag.name: i for i, tag in enumerate(self.model.tags)}
+        self._channel_tag = np.array(
+            [tag_of[self.plan.owner(c.column)] for c in self.model.calibration.channels], np.int64)
+        group_method = [name.split("/")[0] for name in self.model.calibration.groups]
+        self._lead_method = [self.model.names.index(name) for name in group_method]
+
+    def reset(self) -> None:
+        """Forget all rows; a standing alert stands."""
+        for method in self.methods:
+            method.reset()
+        self._scorer.reset()
+        self._filled = 0
+
+    def step(self, frame: Frame) -> Verdict:
+        """Take one row of the group; return the verdict (reused)."""
+        if frame.gap:
+            self.reset()
+        self._pos = pos = (self._pos + 1) % len(self._rows)
+        self._filled = min(self._filled + 1, len(self._rows))
+        values, valid = self._rows[pos]
+        self._ring_ns[pos] = frame.source_ns
+        self._stepper.step(frame.values, frame.valid, frame.gap, values, valid)
+        for method, target in self._slices:
+            method.update(values, valid)
+            target[:] = method.residual
+        state = self._state(frame)
+        self._scorer.step(self._residual, state)
+        self._judge(frame, state)
+        return self.verdict
+
+    def _state(self, frame: Frame) -> int:
+        if self._state_at < 0:
+            return 0
+        if not frame.valid[self._state_at]:
+            return -1
+        return self._state_index.get(int(frame.values[self._state_at]), -1)
+
+    def _judge(self, frame: Frame, state: int) -> None:
+        verdict, out = self.verdict, self._scorer.out
+        score = float(out[SCORE])
+        verdict.source_ns, verdict.seq = frame.source_ns, frame.seq
+        verdict.score = score
+        verdict.r_trans, verdict.r_bound, verdict.r_conf = float(out[TRANS]), float(out[BOUND]), float(out[CONF])
+        self._scorer.window_means(verdict.residual)
+        verdict.alert = self._alert.step(score, frame.source_ns)
+        verdict.raised, verdict.cleared = self._alert.raised, self._alert.cleared
+        verdict.event_no = self._alert.event_no
+        verdict.severity = self.settings.severity if verdict.alert else 0
+        self._contributions(score, state)
+        if state < 0:
+            status = BAD_DATA_UNAVAILABLE
+        elif score != score:
+            status = BAD_WAITING_FOR_INITIAL_DATA
+        else:
+            status = GOOD if frame.valid[self._used].all() else UNCERTAIN_SUB_NORMAL
+        if status == UNCERTAIN_SUB_NORMAL:
+            verdict.quality = self._masked(frame)
+        elif status != verdict.status:
+            verdict.quality = _QUALITY[status]
+        verdict.status = status
+
+    def _masked(self, frame: Frame) -> str:
+        return "masked: " + ", ".join(
+            tag.name for tag, i in zip(self.model.tags, self._used, strict=True) if not frame.valid[i])
+
+    def _contributions(self, score: float, state: int) -> None:
+        share = self.verdict.contribution
+        share[:] = 0.0
+        if not score >= 0.5:
+            return
+        np.add.at(share, self._channel_tag, self._scorer.channel_shares(state))
+        total = share.sum()
+        if total > 0:
+            share /= total
+
+    def snapshot(self) -> Snapshot:
+        """Copy what `explain` needs; call it on the loop's thread, right after `step`."""
+        n, m = len(self._rows), self._filled
+        order = (np.arange(self._pos - m + 1, self._pos + 1)) % n
+        lead = int(self._scorer.out[1])
+        window = int(self.model.calibration.windows[max(0, int(self._scorer.out[2]))])
+        return Snapshot(self._ring[order], self._ring_valid[order], self._ring_ns[order], window,
+                        self.verdict.contribution.copy(), self._lead_method[lead] if lead >= 0 else 0,
+                        self.verdict.event_no)
+
+    def explain(self, taken: Snapshot) -> Explanation:
+        """Say why the score is what it is; pure, may run on another thread."""
+        found: list[tuple[float, Cause]] = []
+        for i, method in enumerate(self.methods):
+            weight = 1.0 if i == taken.lead else 0.3
+            found += [(weight, cause) for cause in method.explain(taken.values, taken.valid, taken.source_ns,
+                                                                  min(taken.window, len(taken.source_ns)))]
+        order = np.argsort(-taken.contribution, kind="stable")
+        top = [self.model.tags[i].name for i in order if taken.contribution[i] > 0]
+        owner = {c.name: self.plan.owner(c.name) for c in self.plan.columns}
+        causes = rank(found, top, owner)
+        columns = {c.name: c for c in self.plan.columns}
+        spans = {c.name: float(hi - lo) for c, (lo, hi) in zip(self.plan.columns, self.model.span, strict=True)}
+        now = int(taken.source_ns[-1]) if len(taken.source_ns) else 0
+        text = sentence(causes[0], columns, spans) if causes else (
+            f"something is wrong with {top[0]}" if top else "no single cause stands out")
+        return Explanation(taken.event_no, now, text, causes)
+
+    def cause_text(self, cause: Cause) -> str:
+        """Return the sentence of one cause."""
+        columns = {c.name: c for c in self.plan.columns}
+        spans = {c.name: float(hi - lo) for c, (lo, hi) in zip(self.plan.columns, self.model.span, strict=True)}
+        return sentence(cause, columns, spans)
+
+
+class Engine:
+    """The monitors of one group, stepped in order by the group's frames."""
+
+    def __init__(self, monitors: Sequence[Monitor]) -> None:
+        self.monitors = tuple(monitors)
+        self._verdicts = [monitor.verdict for monitor in self.monitors]
+
+    def step(self, frame: Frame) -> list[Verdict]:
+        """Take one row; return the verdicts (reused), one per monitor."""
+        for monitor in self.monitors:
+            monitor.step(frame)
+        return self._verdicts
+
+
+def frames_of(record: Record) -> Iterator[Frame]:
+    """Yield the rows of a record as frames (one reused frame), for replay and tests."""
+    frame = Frame.empty(len(record.tags))
+    for i in range(len(record)):
+        frame.values[:] = record.values[i]
+        frame.valid[:] = record.valid[i]
+        frame.source_ns, frame.gap, frame.seq = int(record.source_ns[i]), bool(record.gap[i]), i
+        yield frame

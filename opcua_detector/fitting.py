@@ -1,0 +1,161 @@
+"""From a healthy record to the model of a monitor, with a report of what the record can and cannot support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .api import Channel, Float64, Int64, MethodModel, Plugin, Record, TagKind
+from .calibration import MIN_HELD_OUT, Calibration, calibrate, held_out_residuals, unlike_the_rest
+from .columns import make_plan, usable_tags
+from .errors import ConfigError, RecordError
+from .model import NormalityModel
+
+MIN_ROWS = 2000
+MAX_STATES = 32
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit found.
+
+    rows, seconds : length of the record in use; span_ns : its first and last SourceTimestamp
+    excluded : tag -> reason; coverage : state -> share of rows (one entry where there is no state tag)
+    suspicious : stretches of the "healthy" record that look unlike the rest: (from_ns, to_ns, how many times
+        the usual level, channel group); notes : what the record cannot support
+    """
+
+    monitor: str
+    rows: int
+    seconds: float
+    span_ns: tuple[int, int]
+    gaps: int
+    excluded: Mapping[str, str]
+    coverage: Mapping[int, float]
+    suspicious: tuple[tuple[int, int, float, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+
+def fit_monitor(
+    name: str, record: Record, methods: Sequence[tuple[str, Plugin, Any]], *, state_tag: str = "",
+    windows_ns: Sequence[int] = (), false_alarms_per_day: float = 1.0, progress: Callable[[str], None] = lambda _: None,
+) -> tuple[NormalityModel, FitReport]:
+    """Fit a monitor on healthy rows.
+
+    Parameters
+    ----------
+    record : rows of the monitor's tags (and its state tag), gaps marked
+    methods : (name in the config, plugin, parameters)
+    windows_ns : averaging windows, by default one of 100 rows
+
+    Raises
+    ------
+    RecordError
+        Too short, not increasing in time, or without a tag to judge.
+    ModelTagsError
+        A model trained elsewhere does not fit these tags.
+    """
+    _check_record(record)
+    state, states = _states(record, state_tag)
+    tags, excluded = usable_tags(record)
+    plan = make_plan(tags)
+    columns = plan.prepare(record.select([tag.name for tag in tags]))
+    windows = _windows(windows_ns, record.period_ns)
+    labels = _labels([name for name, _, _ in methods])
+
+    models: list[MethodModel] = []
+    channels: list[Channel] = []
+    groups: list[str] = []
+    held_out: list[Float64] = []
+    for label, (_, plugin, params) in zip(labels, methods, strict=True):
+        progress(f"fitting {label}")
+        fitted = plugin.fit(columns, params)
+        method = plugin.open(fitted, columns.tags)
+        full = method.residuals(columns)
+        progress(f"calibrating {label}")
+        held_out.append(held_out_residuals(plugin, columns, params, full))
+        models.append(fitted)
+        channels += list(method.channels)
+        groups += [f"{label}/{channel.kind}" for channel in method.channels]
+    residual = np.concatenate(held_out, axis=1)
+    calibration = calibrate(channels, groups, residual, columns.gap, state, states, windows,
+                            record.period_ns / 1e9, false_alarms_per_day)
+    span = np.array([np.quantile(columns.values[columns.valid[:, c] != 0, c], [0.01, 0.99])
+                     for c in range(len(plan.columns))])
+    span_ns = (int(record.source_ns[0]), int(record.source_ns[-1]))
+    facts = {"rows": len(record), "from_ns": span_ns[0], "to_ns": span_ns[1], "gaps": int(record.gap.sum()) - 1,
+             "false_alarms_per_day": false_alarms_per_day}
+    model = NormalityModel(name, tags, excluded, record.period_ns, state_tag, tuple(labels), tuple(models), calibration,
+                           span, (), facts)
+    return model, _report(name, record, excluded, state, states, calibration, residual)
+
+
+def _check_record(record: Record) -> None:
+    if len(record) < MIN_ROWS:
+        raise RecordError(f"the healthy record is too short to calibrate: {len(record)} rows, {MIN_ROWS} needed",
+                          where=f"{len(record) * record.period_ns / 1e9:.1f} s at {record.period_ns / 1e6:g} ms",
+                          next_step="take a longer history, or record longer")
+    steps = np.diff(record.source_ns)
+    if (steps <= 0).any():
+        row = int(np.flatnonzero(steps <= 0)[0]) + 1
+        raise RecordError("timestamps do not increase", where=f"row {row}, {record.source_ns[row]} ns",
+                          next_step="sort the record by time and remove duplicates")
+
+
+def _states(record: Record, state_tag: str) -> tuple[Int64, tuple[int, ...]]:
+    """Return (index of the state of each row, -1 where unknown; the learnt states)."""
+    if not state_tag:
+        return np.zeros(len(record), np.int64), (0,)
+    at = next((i for i, tag in enumerate(record.tags) if tag.name == state_tag), -1)
+    if at < 0 or record.tags[at].kind is not TagKind.STATE:
+        raise ConfigError("the state tag must be a tag of kind state", key="state_tag", value=state_tag,
+                          next_step="set `kind: state` on that tag")
+    ok = record.valid[:, at] != 0
+    values = np.where(ok, record.values[:, at], -1).astype(np.int64)
+    found, counts = np.unique(values[ok], return_counts=True)
+    learnt = tuple(int(v) for v, n in zip(found, counts, strict=True) if n >= MIN_HELD_OUT + 200)
+    if not learnt or len(learnt) > MAX_STATES:
+        raise RecordError(f"the state tag takes {len(found)} values, {len(learnt)} of them long enough to learn",
+                          where=f"tag {state_tag}", next_step="take a longer record or another state tag")
+    index = {value: i for i, value in enumerate(learnt)}
+    state = np.array([index.get(int(v), -1) if good else -1 for v, good in zip(values, ok, strict=True)], np.int64)
+    return state, learnt
+
+
+def _windows(windows_ns: Sequence[int], period_ns: int) -> list[int]:
+    return [max(2, round(w / period_ns)) for w in windows_ns] if windows_ns else [100]
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Number the second and later use of a method: onnx, onnx2."""
+    return [n if names[:i].count(n) == 0 else f"{n}{names[:i].count(n) + 1}" for i, n in enumerate(names)]
+
+
+def _report(
+    name: str, record: Record, excluded: Mapping[str, str], state: Int64, states: Sequence[int],
+    calibration: Calibration, held_out: Float64,
+) -> FitReport:
+    coverage = {int(value): float(np.mean(state == i)) for i, value in enumerate(states)}
+    if (state < 0).any():
+        coverage[-1] = float(np.mean(state < 0))
+    stats, _ = calibration.score_rows(held_out, record.gap, state)
+    found: list[tuple[int, int, float, str]] = []
+    for g, group in enumerate(calibration.groups):
+        found += _stretches(stats[:, g, 0], record.source_ns, int(calibration.windows[0]), group)
+    found.sort(key=lambda item: -item[2])
+    limits = {f"{group}, {int(w)} rows": float(calibration.limit[0, g, i])
+              for g, group in enumerate(calibration.groups) for i, w in enumerate(calibration.windows)}
+    return FitReport(
+        name, len(record), len(record) * record.period_ns / 1e9, (int(record.source_ns[0]), int(record.source_ns[-1])),
+        int(record.gap.sum()) - 1, excluded, coverage, tuple(found[:5]), calibration.notes, limits)
+
+
+def _stretches(stat: Float64, source_ns: Int64, window: int, group: str) -> list[tuple[int, int, float, str]]:
+    """Return (from_ns, to_ns, how many times the usual level, group) of stretches unlike the rest."""
+    usual = max(float(np.nanmedian(stat)), 0.1)
+    return [(int(source_ns[max(0, run[0] - window + 1)]), int(source_ns[run[-1]]), float(stat[run].max() / usual), group)
+            for run in unlike_the_rest(stat, window)]

@@ -1,0 +1,320 @@
+"""The rule of time: samples with stamps of their own become rows on one regular grid.
+
+Why: real servers stamp each item by itself and report on change. The methods need rows. This file is the only
+place where the one becomes the other, for the live connection, for history, for recordings and for CSVs, and all
+four use one compiled state machine (`opcua_detector.kernels.rows`), so that replay equals live.
+
+The rule, for period P:
+
+1. *Grid.* Rows stand at g_k = g_0 + k P. The phase of g_0 is the middle of the stamps of the first
+   periods (`START_PERIODS`), so that jitter and skew fall to both sides; with exact stamps it is the first stamp.
+   Values that were set long before (a set-point of yesterday) start no rows, they are held into the first one.
+2. *Value.* Row k takes for each tag the newest sample stamped at or before g_k + P/2, so skews below P/2 vanish;
+   a tag without one is held.
+3. *Closing.* Row k closes at once when every tag that is due has reported for it or later, and in any case when
+   the newest stamp of all tags reaches g_k + P/2 + lateness. A tag is due when its shortest interval (learnt over
+   its last samples) has passed and it has reported within max_hold: a slow tag costs no waiting between its
+   samples, one that went silent costs none after max_hold.
+4. *Late.* A sample older than one already used by its tag is dropped; of two with the same stamp the later arrival
+   wins; one that comes after its row closed is held into the next.
+5. *Stale.* A measured, counter or angle tag without a sample for more than max_hold periods is not valid;
+   set-points, commands and states are held for as long as the connection lives.
+6. *Gap.* No sample of any tag for more than max_hold periods, a lost connection, or a Bad sample of a tag with
+   quality `stop`: the next row carries the gap flag. The grid keeps its phase; the rows of such a hole are not
+   made, those of a shorter one are held. While a connection is idle, `advance` makes held rows up to max_hold.
+7. *Clock set back.* When nothing but stamps older than max_hold arrives, the grid starts again there, as a gap.
+
+Every sample is accounted for: delivered = used + late + duplicate + replaced + skipped + `pending`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .api import Float64, Frame, Int64, Record, Tag, TagKind, UInt8, UInt32
+from .errors import RecordError
+from .kernels import rows as _k
+
+START_PERIODS = 8
+_BAD = 0x80000000
+_POLICY = {"hold": _k.POLICY_HOLD, "mask": _k.POLICY_MASK, "stop": _k.POLICY_STOP}
+_NO_INDEX = np.empty(0, np.int32)
+_NO_STAMPS = np.empty(0, np.int64)
+_NO_VALUES = np.empty(0, np.float64)
+_NO_STATUS = np.empty(0, np.uint32)
+
+Int32 = NDArray[np.int32]
+COUNTERS = _k.COUNTERS
+
+
+class FrameBuilder:
+    """Turns samples into rows; feed it with `push`, drain it with `next_row` or `closed` after every call.
+
+    Parameters
+    ----------
+    tags : the columns, in order; kind and quality policy decide how each is held
+    period_ns : int; the grid
+    lateness_ns : int; how long a row waits for tags that are due
+    max_hold : int; periods before a tag is stale and before a hole is a gap
+    rows : int; rows of output kept before the caller must drain; a longer burst goes on after draining
+
+    Attributes
+    ----------
+    counts : uint64[len(COUNTERS)]; see `COUNTERS`
+    """
+
+    def __init__(self, tags: Sequence[Tag], period_ns: int, lateness_ns: int, max_hold: int, *, rows: int = 64) -> None:
+        if not tags or period_ns < 2 or lateness_ns < 0 or max_hold < 1:
+            raise ValueError("at least one tag, period >= 2 ns, lateness >= 0 and max_hold >= 1")
+        n = len(tags)
+        self.tags = tuple(tags)
+        self.period_ns, self.lateness_ns, self.max_hold = int(period_ns), int(lateness_ns), int(max_hold)
+        self.counts = np.zeros(_k.N_COUNTERS, np.uint64)
+        state = np.zeros(_k.N_SCALARS, np.int64)
+        state[_k.PERIOD], state[_k.LATENESS], state[_k.MAX_HOLD] = self.period_ns, self.lateness_ns, self.max_hold
+        state[_k.NEWEST], state[_k.GAP_NEXT], state[_k.BOOT_SPAN] = _k.FAR_PAST, 1, START_PERIODS
+        per_tag = np.zeros((_k.N_TAG_INTS, n), np.int64)
+        per_tag[_k.STAMP], per_tag[_k.USED], per_tag[_k.STEP] = _k.FAR_PAST, 1, 1
+        per_tag[_k.JUDGED] = [tag.judged for tag in tags]
+        per_tag[_k.POLICY] = [_POLICY[tag.quality] for tag in tags]
+        slots = self.lateness_ns // self.period_ns + 3
+        ring = np.zeros((2, slots, n), np.int64)
+        ring[0] = _k.FAR_PAST
+        kept = 64 + 4 * START_PERIODS * n
+        self._state = state
+        self._out = np.zeros((2, rows), np.int64)
+        self._values = np.zeros((rows, n))
+        self._valid = np.zeros((rows, n), np.uint8)
+        self._status = np.zeros((rows, n), np.uint32)
+        self._per_tag, self._ring = per_tag, ring
+        self._inner = (state, per_tag, np.zeros((2, n)), ring, np.zeros((slots, n)))
+        self._boot = (np.zeros((3, kept), np.int64), np.zeros(kept))
+        self._outer = (self._out, self._values, self._valid, self._status, self.counts)
+        self._position = np.zeros(1, np.int64)
+        self._input: tuple[Int32, Int64, Float64, UInt32] = (_NO_INDEX, _NO_STAMPS, _NO_VALUES, _NO_STATUS)
+        self._watermark = _k.FAR_PAST
+        self._flush = False
+        self._losing = False
+        self._more = False
+        self._read = 0
+        self._seq = -1
+
+    def push(self, tag_index: Int32, source_ns: Int64, value: Float64, status: UInt32) -> int:
+        """Take the samples of one notification and return the number of rows ready to be read.
+
+        tag_index : int32[m]; column of each sample
+        source_ns : int64[m]; any order: one notification is put in the order of its stamps
+        value : float64[m]; engineering units
+        status : uint32[m]; StatusCode
+
+        The arrays are kept until the rows are drained, and must not change before. RuntimeError where rows of the
+        call before were not drained, since they would be lost.
+        """
+        self._demand_drained()
+        self._input = (tag_index, source_ns, value, status)
+        return self._begin()
+
+    def advance(self, watermark_ns: int) -> int:
+        """Close the rows that lie `lateness` behind this time although nothing arrived; return rows ready.
+
+        For an idle connection that is known to be alive: `watermark_ns` is what the source clock shows now.
+        """
+        self._demand_drained()
+        self._watermark = int(watermark_ns)
+        return self._begin()
+
+    def finish(self) -> int:
+        """Close every row that has a sample (end of a recording); return rows ready."""
+        self._demand_drained()
+        self._flush = True
+        return self._begin()
+
+    def connection_lost(self) -> int:
+        """Close what has samples and end every hold: the next row is a gap; return rows ready."""
+        self._demand_drained()
+        self._losing = True
+        return self._begin()
+
+    def next_row(self, frame: Frame) -> bool:
+        """Copy the next closed row into `frame`; False when there is none, then the builder is drained."""
+        if self._read >= self._state[_k.OUT_N] and not self._refill():
+            return False
+        i = self._read
+        self._read = i + 1
+        self._seq += 1
+        frame.values[:] = self._values[i]
+        frame.valid[:] = self._valid[i]
+        frame.status[:] = self._status[i]
+        frame.source_ns = int(self._out[0, i])
+        frame.gap = bool(self._out[1, i])
+        frame.seq = self._seq
+        return True
+
+    def closed(self, frame: Frame | None = None) -> Iterator[Frame]:
+        """Yield the closed rows in one reused frame until the builder is drained."""
+        row = Frame.empty(len(self.tags)) if frame is None else frame
+        while self.next_row(row):
+            yield row
+
+    def count(self, name: str, n: int = 1) -> None:
+        """Add to a counter that is found before the samples get here: `null_timestamp`, `lost`."""
+        self.counts[COUNTERS.index(name)] += np.uint64(n)
+
+    def counters(self) -> dict[str, int]:
+        """Return the counters by name."""
+        return {name: int(n) for name, n in zip(COUNTERS, self.counts, strict=True)}
+
+    @property
+    def pending(self) -> int:
+        """Samples that wait for their row."""
+        state, per_tag = self._state, self._per_tag
+        waiting = int(np.count_nonzero(self._ring[0] != _k.FAR_PAST))
+        waiting += int(np.count_nonzero((per_tag[_k.KNOWN] == 1) & (per_tag[_k.USED] == 0)))
+        return waiting + int(state[_k.BOOT_N] - state[_k.BOOT_POS])
+
+    @property
+    def newest_ns(self) -> int:
+        """Newest stamp or watermark seen; far in the past before the first row."""
+        return int(self._state[_k.NEWEST])
+
+    def _demand_drained(self) -> None:
+        if self._more or self._read < self._state[_k.OUT_N]:
+            raise RuntimeError("drain the closed rows before the next call: they would be lost")
+
+    def _begin(self) -> int:
+        self._position[0] = 0
+        self._more = True
+        self._refill()
+        return int(self._state[_k.OUT_N])
+
+    def _refill(self) -> bool:
+        """Run the kernel on what is left of the input; True when there are rows."""
+        if not self._more:
+            return False
+        self._read = 0
+        self._state[_k.OUT_N] = 0
+        if self._losing:
+            result = _k.lose_connection(*self._inner, *self._outer)
+        else:
+            result = _k.close_rows(*self._inner, *self._boot, *self._outer, *self._input, self._position,
+                                   self._watermark, self._flush)
+            if result == _k.UNSORTED:
+                order = np.argsort(self._input[1], kind="stable")
+                self._input = tuple(part[order] for part in self._input)  # type: ignore[assignment]
+                result = _k.close_rows(*self._inner, *self._boot, *self._outer, *self._input, self._position,
+                                       self._watermark, self._flush)
+        if result == _k.DONE:
+            self._more = self._flush = self._losing = False
+            self._watermark = _k.FAR_PAST
+            self._input = (_NO_INDEX, _NO_STAMPS, _NO_VALUES, _NO_STATUS)
+        return bool(self._state[_k.OUT_N])
+
+    def _chunk(self) -> tuple[Int64, Float64, UInt8]:
+        """Copy all rows ready now; the caller calls `_refill` for the next ones (whole records)."""
+        n = int(self._state[_k.OUT_N])
+        self._read = n
+        return self._out[:, :n].copy(), self._values[:n].copy(), self._valid[:n].copy()
+
+
+def rows_from_samples(
+    tags: Sequence[Tag], period_ns: int, tag_index: ArrayLike, source_ns: ArrayLike, value: ArrayLike,
+    status: ArrayLike | None = None, *, lateness_ns: int | None = None, max_hold: int = 20,
+    counts: dict[str, int] | None = None,
+) -> Record:
+    """Return the rows of a whole set of samples by the rule of time (history, recordings).
+
+    tag_index : int32[m], source_ns : int64[m], value : float64[m], status : uint32[m] (None: all Good); any order
+    counts : filled with the counters by name when given
+    """
+    stamps = np.asarray(source_ns, dtype=np.int64)
+    order = np.argsort(stamps, kind="stable")
+    words = np.zeros(len(stamps), np.uint32) if status is None else np.asarray(status, dtype=np.uint32)
+    rows = int(min(8192, max(64, len(stamps))))
+    builder = FrameBuilder(tags, period_ns, period_ns if lateness_ns is None else lateness_ns, max_hold, rows=rows)
+    chunks: list[tuple[Int64, Float64, UInt8]] = []
+    builder.push(np.ascontiguousarray(np.asarray(tag_index, dtype=np.int32)[order]), np.ascontiguousarray(stamps[order]),
+                 np.ascontiguousarray(np.asarray(value, dtype=np.float64)[order]), np.ascontiguousarray(words[order]))
+    chunks.append(builder._chunk())
+    while builder._refill():
+        chunks.append(builder._chunk())
+    builder.finish()
+    chunks.append(builder._chunk())
+    while builder._refill():
+        chunks.append(builder._chunk())
+    if counts is not None:
+        counts.update(builder.counters())
+    grid = np.concatenate([c[0] for c in chunks], axis=1)
+    gap = grid[1].astype(np.uint8)
+    if len(gap):
+        gap[0] = 1
+    return Record(tuple(tags), int(period_ns), np.ascontiguousarray(grid[0]),
+                  np.concatenate([c[1] for c in chunks]), np.concatenate([c[2] for c in chunks]), gap)
+
+
+def record_from_columns(
+    source_ns: ArrayLike, values: ArrayLike, tags: Sequence[Tag | str], period_ns: int | None = None, *,
+    lateness_ns: int | None = None, max_hold: int = 20, valid: ArrayLike | None = None,
+    truth: ArrayLike | None = None, where: str = "", counts: dict[str, int] | None = None,
+) -> Record:
+    """Return the rows of a table that has one line per stamp (CSV, recording) by the rule of time.
+
+    source_ns : int64[n]; strictly increasing
+    values : float64[n, n_tags]; NaN and infinity are masked
+    period_ns : int; None: the median distance of two stamps
+    valid : uint8[n, n_tags]; 0 = the cell is Bad
+    truth : uint8[n]; carried along, held like a state tag
+    where : what the table is called in an error (file name)
+
+    Raises RecordError naming row and stamp where the stamps do not increase, and where shapes do not fit.
+    """
+    stamps = np.asarray(source_ns, dtype=np.int64)
+    cells = np.asarray(values, dtype=np.float64)
+    named = tuple(tag if isinstance(tag, Tag) else Tag(tag) for tag in tags)
+    n, n_tags = len(stamps), len(named)
+    if cells.shape != (n, n_tags):
+        raise RecordError(f"{n} stamps and {n_tags} tags, but values of shape {cells.shape}", where=where,
+                          next_step="give one value per stamp and tag")
+    if n == 0:
+        raise RecordError("the table has no rows", where=where, next_step="check the file or the time range")
+    wrong = np.flatnonzero(np.diff(stamps) <= 0)
+    if len(wrong):
+        i = int(wrong[0]) + 1
+        raise RecordError(
+            f"row {i} (counting from 0) is stamped {iso_utc(int(stamps[i]))}, not after row {i - 1} "
+            f"at {iso_utc(int(stamps[i - 1]))}; {len(wrong)} such row(s)", where=where,
+            next_step="sort the rows by time and remove those with equal stamps")
+    if period_ns is None:
+        if n < 2:
+            raise RecordError("one row has no period", where=where, next_step="give the period")
+        period_ns = int(np.median(np.diff(stamps)))
+    status = np.zeros((n, n_tags), np.uint32)
+    if valid is not None:
+        status[np.asarray(valid) == 0] = _BAD
+    columns: tuple[Tag, ...] = named
+    if truth is not None:
+        columns = (*named, Tag("\0truth", kind=TagKind.STATE))
+        cells = np.column_stack([cells, np.asarray(truth, dtype=np.float64)])
+        status = np.column_stack([status, np.zeros(n, np.uint32)])
+    wide = len(columns)
+    record = rows_from_samples(
+        columns, period_ns, np.tile(np.arange(wide, dtype=np.int32), n), np.repeat(stamps, wide), cells.ravel(),
+        status.ravel(), lateness_ns=lateness_ns, max_hold=max_hold, counts=counts)
+    if truth is None:
+        return record
+    labels = np.where(np.isfinite(record.values[:, -1]), record.values[:, -1], 0).astype(np.uint8)
+    return Record(named, record.period_ns, record.source_ns, np.ascontiguousarray(record.values[:, :-1]),
+                  np.ascontiguousarray(record.valid[:, :-1]), record.gap, labels)
+
+
+def iso_utc(stamp_ns: int) -> str:
+    """Return a stamp as ISO 8601 text in UTC with microseconds."""
+    return str(np.datetime64(stamp_ns // 1000, "us")) + "Z"
+
+
+def add_counters(totals: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add counters by name into `totals`."""
+    for name, n in more.items():
+        totals[name] = totals.get(name, 0) + n

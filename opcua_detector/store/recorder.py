@@ -1,0 +1,500 @@
+"""The writer thread: the only one that writes the database, in batches, and that survives a full or locked disk.
+
+A batch is one transaction: the queued entries first (events, feedback, audit, models, runs; never dropped), then the
+rows and verdicts of the rings. Rings and queue are only emptied once the transaction is committed, so an attempt
+that fails costs nothing and is made again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import sqlite_utils
+
+from ..api import Frame, Verdict
+from ..errors import StoreError
+from .chunks import INSERT_CHUNK, MERGED, PLAIN, SMALL, Rows, chunk_rows, encode, merge_small, split
+from .entries import StoreCounters, tags_to_json
+from .retention import Retainer, Retention
+from .rings import Recording, VerdictRing
+from .schema import RETRYABLE, Synchronous, code_of, configure_writer, connect, immediate, store_error
+from .trend import AlertSurroundings, series_id, write_buckets, write_detail
+
+log = logging.getLogger(__name__)
+
+SMALL_CHUNKS = 256  # merged at the latest then, so that slow groups do not leave one database row per sample
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.05, 5.0
+_RECONNECT = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY,
+                        sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
+
+@dataclass(frozen=True, slots=True)
+class WriterSettings:
+    """How the writer commits (see `Store.open`)."""
+
+    commit_interval_s: float = 0.5
+    ring_rows: int = 8192
+    ring_bytes: int = 33_554_432
+    synchronous: Synchronous = "normal"
+    sync_interval_s: float = 5.0
+    busy_timeout_s: float = 2.0
+
+
+@dataclass(slots=True)
+class Task:
+    """Something for the writer to do inside its next transaction.
+
+    work : None = nothing, only to learn when everything before it is committed
+    waited : bool; somebody takes the outcome
+    """
+
+    work: Callable[[sqlite_utils.Database], Any] | None
+    future: Future[Any]
+    waited: bool
+    error: Exception | None = None
+    value: Any = None
+
+
+@dataclass(slots=True)
+class _Committed:
+    """What becomes true of a recording once the transaction is committed."""
+
+    recording: Recording
+    head: int
+    id: int
+    name: str
+    last_ns: int
+    small_rows: int
+    small_chunks: int
+    written: int
+    ended: bool
+
+
+class Recorder:
+    """The writer of one store; `start` begins the thread, `close` ends it.
+
+    committed_seq : int; every item offered up to this number is committed (safe against kill -9)
+    synced_seq : int; every item offered up to this number is on the disk (safe against power failure)
+    last_error : str; why the last attempt failed; empty while it works
+    """
+
+    def __init__(self, path: Path, db: sqlite_utils.Database, settings: WriterSettings, retention: Retention,
+                 clock_ns: Callable[[], int]) -> None:
+        self.path, self.settings = path, settings
+        self.run_id = 0
+        self.committed_seq = self.synced_seq = 0
+        self.last_error = ""
+        self._db, self._clock_ns = db, clock_ns
+        self._offered = 0
+        self._recordings: list[Recording] = []
+        self._verdicts: dict[str, VerdictRing] = {}
+        self._surroundings: dict[tuple[int, str], AlertSurroundings] = {}
+        self._tasks: deque[Task] = deque()
+        self._batch: list[Task] = []
+        self._counters = StoreCounters()
+        self._retired = StoreCounters()  # counts of rings that are gone
+        self._retainer = Retainer(retention, clock_ns)
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._close_by = 0.0
+        self._backoff_s = 0.0
+        self._dropping, self._dropped_seen = False, 0
+        self._next_sync = time.monotonic() + settings.sync_interval_s
+        self._inode = os.stat(path).st_ino
+        self._thread = threading.Thread(target=self._run, name="opcua-detector store", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    # ---- called by the loop: microseconds, no lock, no allocation that stays
+
+    def offer_row(self, recording: Recording, frame: Frame, truth: int) -> int:
+        """Copy one row into the ring; return its number, or 0 where it was not taken (and counted)."""
+        ring = recording.ring
+        if not ring.push(frame, truth):
+            return 0
+        self._offered += 1
+        if (ring.head - ring.tail) * 2 == ring.capacity:
+            self._wake.set()
+        return self._offered
+
+    def offer_verdict(self, verdict: Verdict) -> int:
+        """Copy one verdict into the ring of its monitor; return its number, or 0 where it was dropped."""
+        ring = self._verdicts.get(verdict.monitor)
+        if ring is None:
+            ring = self.watch(verdict.monitor)
+        if not ring.push(verdict):
+            return 0
+        self._offered += 1
+        if (ring.head - ring.tail) * 2 == ring.capacity:
+            self._wake.set()
+        return self._offered
+
+    # ---- called by other threads
+
+    def watch(self, monitor: str) -> VerdictRing:
+        """Make the ring of a monitor, so that its first verdict finds it."""
+        return self._verdicts.setdefault(monitor, VerdictRing(monitor, self.settings.ring_rows))
+
+    def adopt(self, recording: Recording) -> None:
+        """Write the rows of this recording from now on."""
+        self._recordings.append(recording)
+
+    def submit(self, work: Callable[[sqlite_utils.Database], Any] | None, *, urgent: bool = True,
+               waited: bool = False) -> Future[Any]:
+        """Queue work for the next transaction; never waits, never drops."""
+        if self._closing.is_set():
+            raise StoreError("the store is closed", where=str(self.path), next_step="open it again")
+        task = Task(work, Future(), waited)
+        self._tasks.append(task)
+        if urgent:
+            self._wake.set()
+        return task.future
+
+    def call(self, work: Callable[[sqlite_utils.Database], Any] | None, timeout_s: float) -> Any:
+        """Queue work, wait until it is committed and return what it returned.
+
+        Raises
+        ------
+        StoreError
+            It was not committed in time (the text says whether it still will be), or its content was refused.
+        """
+        future = self.submit(work, waited=True)
+        try:
+            return future.result(timeout_s)
+        except sqlite3.Error as exc:
+            raise store_error(exc, self.path) from exc
+        except TimeoutError as exc:
+            outcome = "it was not written" if future.cancel() else "it stays queued"
+            reason = self.last_error or "the writer is busy"
+            raise StoreError(f"not committed within {timeout_s:g} s ({reason}); {outcome}", where=str(self.path),
+                             next_step="remove the cause (disk full, file locked) and try again") from exc
+
+    def end(self, recording: Recording) -> None:
+        """Take no more rows; the next transaction writes what is there and marks the recording as ended."""
+        recording.ring.room = -1
+        recording.ending = True
+
+    def retain(self) -> Future[Any]:
+        """Ask for a full retention pass; the future is done when it is through."""
+        future = self._retainer.request()
+        self._wake.set()
+        return future
+
+    @property
+    def quota_unmet(self) -> bool:
+        """Whether the last retention pass could not meet the quota."""
+        return self._retainer.unmet
+
+    @property
+    def queued(self) -> int:
+        """Entries and items that wait for a commit."""
+        return (len(self._tasks) + len(self._batch) + sum(r.ring.head - r.ring.tail for r in list(self._recordings))
+                + sum(ring.head - ring.tail for ring in list(self._verdicts.values())))
+
+    @property
+    def counters(self) -> StoreCounters:
+        """All counters as of now."""
+        rings = [recording.ring for recording in list(self._recordings)]
+        scores = list(self._verdicts.values())
+        kept = self._retainer
+        return replace(
+            self._counters,
+            dropped_rows=self._retired.dropped_rows + sum(ring.dropped for ring in rings),
+            out_of_order_rows=self._retired.out_of_order_rows + sum(ring.out_of_order for ring in rings),
+            dropped_verdicts=sum(ring.dropped for ring in scores),
+            rejected=self._counters.rejected + self._retired.rejected + sum(ring.rejected for ring in rings)
+            + sum(ring.rejected for ring in scores),
+            thinned_rows=kept.thinned_rows, deleted_rows=kept.deleted_rows, decimated_trend=kept.decimated,
+        )
+
+    def close(self, timeout_s: float) -> int:
+        """Write what is pending and end the thread; return how many items and entries could not be written."""
+        for recording in list(self._recordings):
+            self.end(recording)
+        self._close_by = time.monotonic() + timeout_s
+        self._closing.set()
+        self._wake.set()
+        self._thread.join()
+        return self.queued
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        wait_s = self.settings.commit_interval_s
+        while not self._closing.is_set():
+            self._wake.wait(wait_s)
+            self._wake.clear()
+            wait_s = self.settings.commit_interval_s
+            if not self._attempt(self._commit_pending):
+                self._closing.wait(self._backoff_s)
+                wait_s = 0.0
+                continue
+            self._attempt(self._sync_if_due)
+            if self._attempt(self._retain_step) and self._retainer.active:
+                wait_s = min(wait_s, 0.005)
+        while not self._attempt(self._commit_pending) and time.monotonic() < self._close_by:
+            time.sleep(min(self._backoff_s, max(0.0, self._close_by - time.monotonic())))
+        self._end()
+
+    def _end(self) -> None:
+        reason = StoreError(f"the store was closed before this was written ({self.last_error})", where=str(self.path))
+        for task in (*self._batch, *self._tasks):
+            if not task.future.cancelled():
+                task.future.set_exception(reason)
+        self._retainer.stop(reason)
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not self.queued:
+                self.synced_seq = self.committed_seq
+        with suppress(sqlite3.Error):
+            self._db.close()
+
+    def _attempt(self, step: Callable[[], None]) -> bool:
+        """Run one step; an error is counted, told once, and answered by a growing pause."""
+        try:
+            step()
+        except Exception as exc:
+            self._failed(exc)
+            return False
+        return True
+
+    def _failed(self, exc: Exception) -> None:
+        self._counters = replace(self._counters, write_errors=self._counters.write_errors + 1)
+        if not self.last_error:
+            log.warning("store %s cannot be written: %s; rows are kept in memory and tried again", self.path, exc,
+                        exc_info=None if isinstance(exc, (sqlite3.Error, StoreError)) else exc)
+        self.last_error = str(exc) or type(exc).__name__
+        self._backoff_s = min(LONGEST_BACKOFF_S, max(FIRST_BACKOFF_S, 2 * self._backoff_s))
+        if isinstance(exc, sqlite3.Error) and code_of(exc) in _RECONNECT:
+            self._reconnect()
+        self._tell_drops()
+
+    def _reconnect(self) -> None:
+        """Open the file again: after an I/O error or a remount the old handle may stay broken for ever."""
+        try:
+            self._check_not_moved()
+            db = connect(self.path, create=False, busy_timeout_s=self.settings.busy_timeout_s)
+            configure_writer(db, self.settings.synchronous)
+        except (sqlite3.Error, OSError, StoreError) as exc:
+            log.debug("store %s could not be opened again: %s", self.path, exc)
+            return
+        self._retainer.stop(None)
+        with suppress(sqlite3.Error):
+            self._db.close()
+        self._db = db
+
+    def _works(self) -> None:
+        self._backoff_s = 0.0
+        if self.last_error:
+            log.info("store %s is written again after %d failed attempts since the start", self.path,
+                     self._counters.write_errors)
+            self.last_error = ""
+        self._tell_drops()
+
+    def _tell_drops(self) -> None:
+        counters = self.counters
+        dropped = counters.dropped_rows + counters.dropped_verdicts
+        if dropped > self._dropped_seen and not self._dropping:
+            log.warning("store %s drops rows or verdicts: they come faster than they can be written%s", self.path,
+                        f" ({self.last_error})" if self.last_error else "")
+        elif self._dropping and dropped == self._dropped_seen:
+            log.info("store %s drops nothing any more; dropped since the start: %d rows, %d verdicts", self.path,
+                     counters.dropped_rows, counters.dropped_verdicts)
+        self._dropping, self._dropped_seen = dropped > self._dropped_seen, dropped
+
+    # ---- one transaction
+
+    def _commit_pending(self) -> None:
+        while self._tasks:
+            self._batch.append(self._tasks.popleft())
+        offered = self._offered  # before the heads: a slot is written before it is counted
+        recordings = [(r, r.ring.head) for r in list(self._recordings) if r.ending or r.ring.head > r.ring.tail]
+        verdicts = [(ring, ring.head) for ring in list(self._verdicts.values()) if ring.head > ring.tail]
+        if not (self._batch or recordings or verdicts):
+            self._works()
+            return
+        self._check_not_moved()
+        with immediate(self._db) as conn:
+            for task in self._batch:
+                self._work(task)
+            committed = [self._write_rows(conn, recording, head) for recording, head in recordings]
+            surroundings = {}
+            scored = 0
+            for ring, head in verdicts:
+                key, state, n = self._write_verdicts(conn, ring, head)
+                surroundings[key] = state
+                scored += n
+        self._surroundings.update(surroundings)
+        for ring, head in verdicts:
+            ring.tail = head
+        rows = self._apply(committed)
+        self.committed_seq = offered
+        if self.settings.synchronous == "full":
+            self.synced_seq = offered
+        self._finish_tasks(rows, scored)
+        self._works()
+
+    def _check_not_moved(self) -> None:
+        """On POSIX a deleted file can still be written, and everything written is lost: look at the name."""
+        try:
+            here = os.stat(self.path).st_ino == self._inode
+        except FileNotFoundError:
+            here = False
+        if not here:
+            raise StoreError("the file was moved, replaced or deleted while in use", where=str(self.path),
+                             next_step="put it back, or restart to begin a new store")
+
+    def _work(self, task: Task) -> None:
+        if task.future.cancelled():
+            return
+        if not task.future.running() and not task.future.set_running_or_notify_cancel():
+            return
+        task.error = None
+        if task.work is None:
+            return
+        self._db.conn.execute("SAVEPOINT task")
+        try:
+            task.value = task.work(self._db)
+        except Exception as exc:
+            if isinstance(exc, sqlite3.Error) and code_of(exc) in RETRYABLE:
+                raise
+            self._db.conn.execute("ROLLBACK TO task")  # its content is at fault: trying again would not help
+            task.error = exc
+        self._db.conn.execute("RELEASE task")
+
+    def _finish_tasks(self, rows: int, scored: int) -> None:
+        batch, self._batch = self._batch, []
+        rejected = sum(task.error is not None and not task.waited for task in batch)
+        self._counters = replace(
+            self._counters, rows=self._counters.rows + rows, verdicts=self._counters.verdicts + scored,
+            entries=self._counters.entries + sum(task.work is not None for task in batch), commits=self._counters.commits + 1,
+            rejected=self._counters.rejected + rejected)
+        for task in batch:
+            if task.future.cancelled():
+                continue
+            if task.error is None:
+                task.future.set_result(task.value)
+                continue
+            task.future.set_exception(task.error)
+            if not task.waited:
+                log.error("store %s refused an entry: %s", self.path, task.error)
+
+    def _write_verdicts(self, conn: sqlite3.Connection, ring: VerdictRing,
+                        head: int) -> tuple[tuple[int, str], AlertSurroundings, int]:
+        scores = ring.peek(head)
+        key = (self.run_id, ring.monitor)
+        series = series_id(conn, *key)
+        write_buckets(conn, series, scores)
+        detail, state = self._surroundings.get(key, AlertSurroundings()).choose(scores)
+        write_detail(conn, series, detail)
+        return key, state, len(scores)
+
+    def _write_rows(self, conn: sqlite3.Connection, recording: Recording, head: int) -> _Committed:
+        done = _Committed(recording, head, recording.id, recording.name, recording.last_ns, recording.small_rows,
+                          recording.small_chunks, head - recording.ring.tail, recording.ending)
+        if done.written:
+            rows = recording.ring.peek(head)
+            for k, part in enumerate(_increasing(rows)):
+                if k or int(part.source_ns[0]) <= recording.last_ns:
+                    self._continue_elsewhere(conn, recording, done)
+                self._append(conn, recording, done, part)
+        if done.ended or done.small_chunks >= SMALL_CHUNKS or done.small_rows >= chunk_rows(len(recording.tags)):
+            self._merge(conn, recording, done)
+        if done.ended:
+            conn.execute("UPDATE recordings SET ended_ns = ? WHERE id = ?", (self._clock_ns(), done.id))
+        return done
+
+    def _append(self, conn: sqlite3.Connection, recording: Recording, done: _Committed, rows: Rows) -> None:
+        parts = list(split(rows, chunk_rows(len(recording.tags))))
+        conn.executemany(INSERT_CHUNK, [encode(part, done.id, SMALL, PLAIN) for part in parts])
+        done.small_chunks += len(parts)
+        done.small_rows += len(rows)
+        done.last_ns = int(rows.source_ns[-1])
+
+    def _merge(self, conn: sqlite3.Connection, recording: Recording, done: _Committed) -> None:
+        conn.execute("SAVEPOINT merge")
+        try:
+            while merge_small(conn, done.id, len(recording.tags), SMALL_CHUNKS):
+                pass
+        except (ValueError, zlib.error) as exc:  # a damaged chunk must not stop the recording
+            conn.execute("ROLLBACK TO merge")
+            conn.execute("UPDATE row_chunks SET level = ? WHERE recording_id = ? AND level = ?",
+                         (MERGED, done.id, SMALL))
+            log.error("store %s: rows of recording %s cannot be merged: %s", self.path, done.name, exc)
+        conn.execute("RELEASE merge")
+        done.small_rows = done.small_chunks = 0
+
+    def _continue_elsewhere(self, conn: sqlite3.Connection, recording: Recording, done: _Committed) -> None:
+        """The source clock went back: time increases within a recording, so the rest becomes a new one."""
+        self._merge(conn, recording, done)
+        now_ns = self._clock_ns()
+        conn.execute("UPDATE recordings SET ended_ns = ? WHERE id = ?", (now_ns, done.id))
+        name = free_name(conn, recording.name)
+        added = conn.execute(
+            "INSERT INTO recordings (name, group_name, server, tags, period_ns, started_ns, truth, keep, note) "
+            "SELECT ?, group_name, server, ?, period_ns, ?, truth, keep, ? FROM recordings WHERE id = ?",
+            (name, tags_to_json(recording.tags), now_ns,
+             f"continues {done.name}: the source clock went back", done.id))
+        log.warning("store %s: the source clock of recording %s went back; it continues as %s", self.path,
+                    done.name, name)
+        done.id, done.name = int(added.lastrowid or 0), name
+
+    def _apply(self, committed: list[_Committed]) -> int:
+        rows = 0
+        for done in committed:
+            recording = done.recording
+            recording.id, recording.name, recording.last_ns = done.id, done.name, done.last_ns
+            recording.small_rows, recording.small_chunks = done.small_rows, done.small_chunks
+            recording.ring.tail = done.head
+            rows += done.written
+            if done.ended and recording.ring.head == done.head:
+                ring, gone = recording.ring, self._retired
+                self._recordings.remove(recording)
+                self._retired = replace(
+                    gone, dropped_rows=gone.dropped_rows + ring.dropped, rejected=gone.rejected + ring.rejected,
+                    out_of_order_rows=gone.out_of_order_rows + ring.out_of_order)
+        return rows
+
+    # ---- between transactions
+
+    def _sync_if_due(self) -> None:
+        """Checkpoint: with synchronous NORMAL it is what brings commits to the disk, so it bounds the loss."""
+        if time.monotonic() < self._next_sync:
+            return
+        self._next_sync = time.monotonic() + self.settings.sync_interval_s
+        committed = self.committed_seq
+        busy, frames, done = self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if not busy and frames == done:
+            self.synced_seq = max(self.synced_seq, committed)
+
+    def _retain_step(self) -> None:
+        self._retainer.step(self._db, self.path)
+
+
+def _increasing(rows: Rows) -> list[Rows]:
+    """Cut rows where time does not increase."""
+    cuts = (rows.source_ns[1:] <= rows.source_ns[:-1]).nonzero()[0] + 1
+    borders = [0, *cuts.tolist(), len(rows)]
+    return [rows.take(slice(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+
+
+def free_name(conn: sqlite3.Connection, name: str) -> str:
+    """Return `name`, or `name (2)`, `name (3)` ... where it is taken."""
+    candidate, k = name, 1
+    while conn.execute("SELECT 1 FROM recordings WHERE name = ?", (candidate,)).fetchone():
+        k += 1
+        candidate = f"{name} ({k})"
+    return candidate

@@ -1,0 +1,1 @@
+"""Plugins that ship with the product: importable as ``opcua_detector.plugins``."""
