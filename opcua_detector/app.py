@@ -15,6 +15,7 @@ from .fitting import FitReport, fit_monitor
 from .model import NormalityModel
 from .model import load as load_model
 from .registry import Registry
+from .store import Store
 
 
 def group_tags(group: GroupConfig) -> tuple[Tag, ...]:
@@ -115,3 +116,10 @@ def open_monitors(config: Config, config_file: Path, *, only: Sequence[str] = ()
         model = load_model(model_path(config_file, monitor))
         opened.setdefault(group.name, []).append(open_monitor(monitor, group, model, registry))
     return opened
+
+
+def record_model(store: Store, model: NormalityModel, path: Path) -> None:
+    """Register a model file in the store."""
+    header = {"tags": [t.name for t in model.tags], "excluded": dict(model.excluded), "methods": list(model.names),
+              "facts": dict(model.facts), "notes": list(model.calibration.notes)}
+    store.register_model(model.model_id, model.monitor, path, model.sha256, header)

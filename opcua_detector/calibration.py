@@ -14,14 +14,14 @@ import numpy as np
 
 from .api import Channel, Float64, Int64, Plugin, Record, UInt8
 from .errors import RecordError
-from .kernels.score import SCORE, SURPRISE_CAP, forget, score_rows, score_step
+from .kernels.score import SCORE, SURPRISE_CAP, forget, mean_surprise, score_rows, score_step
 
 FOLDS = 5
 GRID = 512  # entries of the held-out distribution kept per state and channel
 KNEE_SHARE = 0.99  # above this quantile the tail takes over
 MIN_SLOPE = 0.12  # smallest mean log excess: keeps a thin tail from shouting
-EXCESS_QUANTILE = 0.97  # windows above it form the clusters that set the limit
-MIN_CLUSTERS = 10
+CLUSTER_QUANTILE = 0.9  # windows above it form clusters; the highest cluster peaks set the limit
+MIN_CLUSTERS, MAX_PEAKS = 10, 25
 MIN_HELD_OUT = 1000
 SUSPICIOUS_FACTOR = 3.0  # times the spread of the held-out windows: stretches unlike the rest
 MAX_TRIMMED = 0.1  # share of windows that may be set apart as such
@@ -35,7 +35,7 @@ class Calibration:
     """What turns residuals into a score.
 
     channels : all channels of the monitor, in the order of the residual vector
-    groups : names of the fusion groups ("transition/bound", "onnx/forecast"); score = max over them
+    groups : names of the fusion groups, one per method; score = max over them
     group, kind : int64[n_channels]
     windows : int64[n_windows] rows
     states : learnt operating states; (0,) where no state tag is used
@@ -79,7 +79,7 @@ class Scorer:
         length = int(calibration.windows.max())
         self.calibration = calibration
         self.ring = np.full((2, n_channels, length), np.nan)
-        self.sums = np.zeros((n_channels, n_windows, 2, 2))
+        self.sums = np.zeros((n_channels, n_windows, 2, 3))
         self.stat = np.full((len(calibration.groups), n_windows), np.nan)
         self.cursor = np.zeros(2, np.int64)
         self.out = np.full(6, np.nan)
@@ -243,13 +243,11 @@ def _with_limits(
 
 
 def _mean_surprise(plain: Calibration, held_out: Float64, s: int) -> Float64:
-    """Return float64[n_channels]: mean surprise of healthy rows in state s, by one endless window."""
-    n = max(1, len(held_out))
-    one = Calibration(**{**plain.__dict__, "windows": np.array([n], np.int64),
-                         "limit": np.ones((len(plain.states), len(plain.groups), 1))})
-    scorer = one.scorer()
-    scorer.rows(held_out, np.zeros(len(held_out), np.uint8), np.full(len(held_out), s, np.int64))
-    return scorer.sums[:, 0, 0, 0] / np.maximum(scorer.sums[:, 0, 0, 1], 1.0)
+    """Return float64[n_channels]: mean surprise of healthy rows in state s."""
+    return np.array([
+        mean_surprise(np.ascontiguousarray(held_out[:, c]), plain.grid[s, c], plain.level[s, c], plain.used[s, c],
+                      plain.tail[s, c, 0], plain.tail[s, c, 1])
+        for c in range(len(plain.channels))])
 
 
 def unlike_the_rest(stat: Float64, window: int) -> list[Int64]:
@@ -271,24 +269,27 @@ def unlike_the_rest(stat: Float64, window: int) -> list[Int64]:
 def _tail_limit(stat: Float64, window: int, rate: float) -> tuple[float, int, int]:
     """Return (limit, clusters, windows): limit = u + m ln(lambda / rate), never below all that was seen.
 
-    stat : float64[n]; held-out window means of surprise; rate : wanted false alarms per row. Stretches unlike
-    the rest are set apart first (the fit names them): the final model has learnt them, and a limit above them
-    would hide every fault that is smaller.
+    Windows above the 90 % quantile form clusters; of the cluster peaks the highest quarter (10 to 25) counts: u is
+    the next lower peak, m their mean excess over it, lambda their number per row. An exponential tail fitted lower
+    down overshoots, since a mean of capped surprise has a bounded tail.
+
+    stat : float64[n]; held-out window means of surprise; rate : wanted false alarms per row. Stretches unlike the
+    rest count too (the fit names them): a plant that has had them will have them again.
     """
-    apart = np.zeros(len(stat), bool)
-    for run in unlike_the_rest(stat, window):
-        apart[max(0, run[0] - window):run[-1] + window] = True
-    known = np.flatnonzero(~np.isnan(stat) & ~apart)
+    known = np.flatnonzero(~np.isnan(stat))
     if len(known) == 0:
         return STAT_FLOOR, 0, 0
     x = stat[known]
     seen = float(x.max())
-    u = float(np.quantile(x, EXCESS_QUANTILE))
-    above = known[x > u]
+    above = known[x > np.quantile(x, CLUSTER_QUANTILE)]
     if len(above) == 0:
         return max(seen * 1.5, STAT_FLOOR), 0, len(known)
     starts = np.append(0, np.flatnonzero(np.diff(above) > window) + 1)
-    peaks = np.maximum.reduceat(stat[above], starts)
-    mean_excess = float(np.mean(peaks - u))
-    limit = u + mean_excess * max(0.0, math.log(len(peaks) / len(known) / rate))
+    peaks = np.sort(np.maximum.reduceat(stat[above], starts))
+    highest = min(len(peaks) - 1, max(MIN_CLUSTERS, min(MAX_PEAKS, len(peaks) // 4)))
+    if highest < 1:
+        return max(seen * 1.5, STAT_FLOOR), len(peaks), len(known)
+    base = float(peaks[-highest - 1])
+    mean_excess = float(np.mean(peaks[-highest:] - base))
+    limit = base + mean_excess * max(0.0, math.log(highest / len(known) / rate))
     return min(max(limit, seen * 1.05, STAT_FLOOR), SURPRISE_CAP * 0.75), len(peaks), len(known)

@@ -135,17 +135,22 @@ def _reason_against(record: Record, i: int) -> str | None:
     steps = np.diff(record.values[:, i])[both]
     if tag.kind is TagKind.COUNTER:
         up = steps[steps >= 0]
-        if len(up) and float(up.max() - up.min()) <= 1e-9 * max(1e-12, float(up.max())):
+        if len(up) and _regular(up, x):
             return "counts at a constant rate, like a clock"
         return None
     moving = steps[steps != 0]
     if tag.kind is TagKind.MEASURED and len(moving) >= _MIN_STEPS:
         up_share = float(np.mean(moving > 0))
         if max(up_share, 1 - up_share) >= _MONOTONE_SHARE:
-            regular = float(moving.std()) <= 1e-6 * abs(float(moving.mean()))
-            return ("a clock: it moves at a constant rate" if regular
+            return ("a clock: it moves at a constant rate" if _regular(moving, x)
                     else "a totaliser: it only moves one way; declare `kind: counter` to judge its rate")
     return None
+
+
+def _regular(steps: Float64, x: Float64) -> bool:
+    """Whether all steps are equal, to the rounding of the values x that they lie between (seconds since 1970)."""
+    rounding = 2 * float(np.spacing(np.abs(x).max()))
+    return float(steps.std()) <= 1e-6 * abs(float(steps.mean())) + rounding
 
 
 def _same(record: Record, i: int, j: int) -> bool:

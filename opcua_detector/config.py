@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -30,6 +30,14 @@ from .nodes import SIGNALS
 
 _UNITS_NS = {"us": 10**3, "ms": 10**6, "s": 10**9, "min": 60 * 10**9, "h": 3600 * 10**9, "d": 86400 * 10**9}
 _UNITS_BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class _Wrong(ValueError):
+    """A value that is wrong beside another one: `at` leads to it from the section whose rule it breaks."""
+
+    def __init__(self, expected: str, at: tuple[int | str, ...], value: object = None) -> None:
+        super().__init__(expected)
+        self.at, self.value = at, value
 
 
 def _quantity(value: Any, units: dict[str, int], example: str) -> int:
@@ -95,13 +103,15 @@ class ServerConfig(Section):
     @model_validator(mode="after")
     def _secure(self) -> ServerConfig:
         if self.policy == "None" and not self.insecure:
-            raise ValueError("policy Basic256Sha256, or 'insecure: true' typed beside 'policy: None'")
+            raise _Wrong("policy Basic256Sha256, or 'insecure: true' typed beside 'policy: None'", ("policy",), "None")
         if self.policy != "None" and self.server_certificate is None and not self.insecure:
-            raise ValueError("server_certificate (the certificate this client trusts), or 'insecure: true'")
+            raise _Wrong("the file of the certificate this client trusts, or 'insecure: true'", ("server_certificate",))
         if self.user and self.policy == "None":
-            raise ValueError("a policy other than None when a user name is given: a password never travels in clear")
+            raise _Wrong("a policy other than None beside a user name: a password never travels in clear",
+                         ("policy",), "None")
         if self.user and not (self.password_env or self.password_file):
-            raise ValueError("password_env (a variable's name) or password_file beside user; never the password itself")
+            raise _Wrong("password_env (a variable's name) or password_file beside it; never the password itself",
+                         ("user",), self.user)
         return self
 
     def password(self) -> str:
@@ -197,15 +207,19 @@ class OutputsConfig(Section):
 
     @model_validator(mode="after")
     def _known(self) -> OutputsConfig:
-        for signal in (*(self.signals or ()), *self.nodes):
-            if signal not in SIGNALS:
-                raise ValueError(f"signals among {', '.join(SIGNALS)}; {signal!r} is none of them")
+        for i, signal in enumerate(self.signals or ()):
+            _known(signal, SIGNALS, ("signals", i))
+        for signal in self.nodes:
+            _known(signal, SIGNALS, ("nodes", signal))
         if not self.base and not self.nodes:
-            raise ValueError("base (node of the prepared result object) or nodes (signal: NodeId)")
+            raise _Wrong("the node of the prepared result object, or the key 'nodes' (signal: NodeId)", ("base",))
         if self.base:
-            _node_text(self.base)
+            try:
+                _node_text(self.base)
+            except ValueError as error:
+                raise _Wrong(str(error), ("base",), self.base) from None
         if self.signals is not None and not self.base:
-            raise ValueError("base beside signals: they are the nodes '<base>.<signal>'")
+            raise _Wrong("base beside signals: they are the nodes '<base>.<signal>'", ("base",))
         return self
 
     def node_of(self) -> dict[str, str]:
@@ -264,21 +278,24 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _references(self) -> Config:
-        _unique("servers", [s.name for s in self.servers])
-        _unique("groups", [g.name for g in self.groups])
-        _unique("monitors", [m.name for m in self.monitors])
-        servers = {s.name for s in self.servers}
-        groups = {g.name: [t.name for t in g.tags] for g in self.groups}
-        for group in self.groups:
-            _unique(f"groups.{group.name}.tags", groups[group.name])
-            for server in (group.server, *(t.server for t in group.tags if t.server)):
-                _known(f"groups.{group.name}.server", server, servers)
-        for monitor in self.monitors:
-            _known(f"monitors.{monitor.name}.group", monitor.group, groups)
-            for tag in (*(monitor.tags or ()), *((monitor.state_tag,) if monitor.state_tag else ())):
-                _known(f"monitors.{monitor.name}.tags", tag, groups[monitor.group])
+        for key in ("servers", "groups", "monitors"):
+            _unique([item.name for item in getattr(self, key)], (key,))
+        servers = [s.name for s in self.servers]
+        tags_of = {g.name: [t.name for t in g.tags] for g in self.groups}
+        for i, group in enumerate(self.groups):
+            _unique(tags_of[group.name], ("groups", i, "tags"))
+            _known(group.server, servers, ("groups", i, "server"))
+            for k, tag in enumerate(group.tags):
+                if tag.server:
+                    _known(tag.server, servers, ("groups", i, "tags", k, "server"))
+        for i, monitor in enumerate(self.monitors):
+            _known(monitor.group, tags_of, ("monitors", i, "group"))
+            for k, name in enumerate(monitor.tags or ()):
+                _known(name, tags_of[monitor.group], ("monitors", i, "tags", k))
+            if monitor.state_tag:
+                _known(monitor.state_tag, tags_of[monitor.group], ("monitors", i, "state_tag"))
             if monitor.outputs:
-                _known(f"monitors.{monitor.name}.outputs.server", monitor.outputs.server, servers)
+                _known(monitor.outputs.server, servers, ("monitors", i, "outputs", "server"))
         return self
 
     def server(self, name: str) -> ServerConfig:
@@ -305,15 +322,15 @@ def _pick(key: str, name: str, among: tuple[_Named, ...]) -> _Named:
                       expected="one of " + (", ".join(i.name for i in among) or "(none configured)"))
 
 
-def _unique(key: str, names: list[str]) -> None:
-    twice = {n for n in names if names.count(n) > 1}
-    if twice:
-        raise ValueError(f"names used once in {key}; {', '.join(sorted(twice))} stands there twice")
+def _unique(names: Sequence[str], at: tuple[int | str, ...]) -> None:
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise _Wrong("a name that is not used before", (*at, i, "name"), name)
 
 
-def _known(key: str, name: str, among: Any) -> None:
+def _known(name: str, among: Iterable[str], at: tuple[int | str, ...]) -> None:
     if name not in among:
-        raise ValueError(f"at {key} one of {', '.join(sorted(among))}; {name!r} is none of them")
+        raise _Wrong(f"one of {', '.join(among)}", at, name)
 
 
 def load(path: str | Path) -> Config:
@@ -338,8 +355,8 @@ def parse(text: str, *, file: str = "(text)", folder: Path | None = None) -> Con
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("this is not valid YAML", file=file, next_step=str(error)) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _yaml_error(error, file) from None  # the parser's own text quotes lines, which may hold a secret
     if root is None or not isinstance(content, dict):
         raise ConfigError("the file is empty or no mapping", file=file, expected="keys version, servers, groups",
                           next_step="start from a sample in configs/")
@@ -349,6 +366,15 @@ def parse(text: str, *, file: str = "(text)", folder: Path | None = None) -> Con
     except ValidationError as error:
         raise _config_error(error, root, file) from None
     return _resolve_paths(config, folder) if folder else config
+
+
+def duration_ns(text: str, *, key: str) -> int:
+    """Return a duration such as '2 h' in nanoseconds; ConfigError names the option `key` it was given for."""
+    try:
+        return _duration(text)
+    except ValueError as error:
+        raise ConfigError("wrong value", key=key, value=text, expected=str(error),
+                          next_step="correct the option") from None
 
 
 def json_schema() -> dict[str, Any]:
@@ -379,6 +405,14 @@ def _method_paths(item: dict[str, Any], folder: Path) -> dict[str, Any]:
     return item
 
 
+def _yaml_error(error: Exception, file: str) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{file}, line {mark.line + 1}, column {mark.column + 1}" if mark else file
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "a value cannot be read"
+    return ConfigError(f"this is not valid YAML: {problem}", file=where, expected="YAML 1.1",
+                       next_step="correct the line: mind indents, colons and quotes")
+
+
 def _no_duplicate_keys(node: yaml.Node, file: str) -> None:
     for mapping in _mappings(node):
         seen: set[str] = set()
@@ -405,22 +439,33 @@ def _config_error(error: ValidationError, root: yaml.Node, file: str) -> ConfigE
     # A misspelt key is both unknown and missing: the unknown one tells more.
     first = next((e for e in problems if e["type"] == "extra_forbidden"), problems[0])
     loc = tuple(part for part in first["loc"] if not str(part).startswith("function-"))
+    cause = first.get("ctx", {}).get("error")
+    given = first["input"]
+    if isinstance(cause, _Wrong):
+        loc, given = loc + cause.at, cause.value
     line, key = _locate(root, loc)
+    value = _shown(key, given)
     kind = first["type"]
     more = len(problems) - 1
     after = f" ({more} more to follow)" if more else ""
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     where = f"{file}, line {line}"
     if kind == "extra_forbidden":
         allowed = _allowed_keys(loc)
-        return ConfigError("unknown key", file=where, key=key, value=first["input"], expected=allowed,
+        return ConfigError("unknown key", file=where, key=key, value=value, expected=allowed,
                            next_step=f"correct the spelling or remove the key{after}")
     if kind == "missing":
         return ConfigError("a key is missing", file=where, key=key, expected=f"the key '{loc[-1]}'",
                            next_step=f"add it; the samples in configs/ show each key{after}")
-    value = first["input"] if not isinstance(first["input"], dict | list) else None
     return ConfigError("wrong value", file=where, key=key, value=value,
                        expected=message[0].lower() + message[1:], next_step=f"correct the value{after}")
+
+
+def _shown(key: str, value: object) -> object:
+    """Return what an error may show of a value: no mapping, no list, nothing secret."""
+    if isinstance(value, dict | list | tuple) or re.search("passw|secret|token|credential", key, re.IGNORECASE):
+        return None
+    return re.sub(r"//[^/@]*@", "//...@", value) if isinstance(value, str) else value
 
 
 def _locate(root: yaml.Node, loc: tuple[int | str, ...]) -> tuple[int, str]:

@@ -111,8 +111,7 @@ class Monitor:
         tag_of = {tag.name: i for i, tag in enumerate(self.model.tags)}
         self._channel_tag = np.array(
             [tag_of[self.plan.owner(c.column)] for c in self.model.calibration.channels], np.int64)
-        group_method = [name.split("/")[0] for name in self.model.calibration.groups]
-        self._lead_method = [self.model.names.index(name) for name in group_method]
+        self._lead_method = [self.model.names.index(name) for name in self.model.calibration.groups]
 
     def reset(self) -> None:
         """Forget all rows; a standing alert stands."""

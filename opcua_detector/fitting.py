@@ -80,7 +80,7 @@ def fit_monitor(
         held_out.append(held_out_residuals(plugin, columns, params, full))
         models.append(fitted)
         channels += list(method.channels)
-        groups += [f"{label}/{channel.kind}" for channel in method.channels]
+        groups += [label] * len(method.channels)
     residual = np.concatenate(held_out, axis=1)
     calibration = calibrate(channels, groups, residual, columns.gap, state, states, windows,
                             record.period_ns / 1e9, false_alarms_per_day)

@@ -57,10 +57,14 @@ class NormalityModel:
         return make_plan(self.tags)
 
     @property
+    def sha256(self) -> str:
+        """Hash over header and arrays, hexadecimal."""
+        return _digest(*self._content())
+
+    @property
     def model_id(self) -> str:
-        """First 16 hex digits of the sha256 over header and arrays."""
-        header, arrays = self._content()
-        return _digest(header, arrays)[:16]
+        """First 16 hex digits of the sha256."""
+        return self.sha256[:16]
 
     def require(self, tags: Sequence[Tag], period_ns: int) -> None:
         """Raise ModelTagsError unless rows of these tags at this period fit the model."""

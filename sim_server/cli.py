@@ -101,7 +101,6 @@ def _settings(options: argparse.Namespace) -> SimConfig:
     ConfigError
         A file or an option is wrong.
     """
-    base = load_config(options.config) if options.config is not None else SimConfig()
     changes: dict[str, Any] = {}
     for name, key in (
         ("process", "process"),
@@ -122,12 +121,15 @@ def _settings(options: argparse.Namespace) -> SimConfig:
     if getattr(options, "user", None):
         changes["users"] = [_user(text) for text in options.user]
     if options.script is not None:
-        script = load_script(options.script, model(changes.get("process", base.process)))
-        changes["faults"] = [entry.model_dump() for entry in script.entries]
-    merged = {**base.model_dump(), **changes}
-    return parse_config(
-        merged, "command line" if options.config is None else f"{options.config} + command line"
-    )
+        changes["faults"] = []
+    if options.config is not None:
+        config = load_config(options.config, changes)
+    else:
+        config = parse_config(changes, "command line")
+    if options.script is not None:
+        script = load_script(options.script, model(config.process))
+        config = config.model_copy(update={"faults": script.entries})
+    return config
 
 
 def _user(text: str) -> dict[str, str]:
@@ -190,7 +192,8 @@ def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
     """Stop when stdin reaches its end, which is what happens when the parent is gone."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(4096):
+        # not through sys.stdin: its lock, held by a waiting thread, aborts the interpreter at exit
+        while os.read(0, 4096):
             pass
         loop.call_soon_threadsafe(stop.set)
 

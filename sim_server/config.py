@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,6 +14,8 @@ from sim_server.faults import FaultEntry, FaultScript, first_problem, read_yaml
 from sim_server.plant import tag_table
 from sim_server.processes import model
 from sim_server.quirks import Reporter
+
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -98,7 +102,7 @@ class SimConfig(BaseModel):
     speed: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     history_rows: Annotated[int, Field(ge=0, le=5_000_000)] = 40_000
     live_history_rows: Annotated[int, Field(ge=0, le=5_000_000)] = 100_000
-    history_page_rows: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    history_page_rows: Annotated[int, Field(ge=1, le=100_000)] = 5_000
     warmup_rows: Annotated[int, Field(ge=0)] = 2_000
     total_rollover: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     host: str = "127.0.0.1"
@@ -133,20 +137,32 @@ def parse_config(content: Any, file: str = "<config>") -> SimConfig:
     return config
 
 
-def load_config(path: Path) -> SimConfig:
+def load_config(path: Path, overrides: Mapping[str, Any] = _NOTHING) -> SimConfig:
     """Read and check a settings file; relative paths in it count from its own folder.
+
+    Parameters
+    ----------
+    path
+        The YAML file.
+    overrides
+        Keys that win over the file, before anything is checked.
 
     Raises
     ------
     ConfigError
         See `parse_config` and `sim_server.faults.read_yaml`.
     """
-    config = parse_config(read_yaml(path), str(path))
+    content = read_yaml(path)
+    if content is None:
+        content = {}
+    if isinstance(content, dict):
+        content = {**content, **overrides}
+    config = parse_config(content, str(path))
     folder = path.resolve().parent
     changes: dict[str, Any] = {}
-    if config.pki_dir is not None:
+    if config.pki_dir is not None and "pki_dir" not in overrides:
         changes["pki_dir"] = folder / config.pki_dir
-    if config.nodesets is not None:
+    if config.nodesets is not None and "nodesets" not in overrides:
         changes["nodesets"] = tuple(folder / one for one in config.nodesets)
     return config.model_copy(update=changes)
 

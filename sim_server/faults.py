@@ -55,7 +55,9 @@ def first_problem(error: ValidationError, file: str, prefix: str = "") -> Config
         expected = "no such key"
     elif problem["type"] == "missing":
         expected = "this key to be present"
-    return ConfigError(file, key, problem["input"], expected)
+    # the input of a missing key is everything around it, passwords included
+    found = "nothing" if problem["type"] == "missing" else problem["input"]
+    return ConfigError(file, key, found, expected)
 
 
 class FaultScript:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Final
 
 from asyncua import Server, ua
@@ -37,6 +38,8 @@ class LivePlant:
         SourceTimestamp of the first live row, ns since the epoch, a multiple of 1000.
     speed
         Simulated seconds per second.
+    wall_clock_ns, clock_s, sleep_s
+        The time of day, ns since the epoch; a clock that never jumps, seconds; and how to wait for it.
 
     Notes
     -----
@@ -54,6 +57,10 @@ class LivePlant:
         histories: list[TagHistory],
         start_ns: int,
         speed: float,
+        *,
+        wall_clock_ns: Callable[[], int] = time.time_ns,
+        clock_s: Callable[[], float] = time.monotonic,
+        sleep_s: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.row = 0
         self.samples = 0
@@ -67,6 +74,9 @@ class LivePlant:
         self._histories = histories
         self._start_ns = start_ns
         self._speed = speed
+        self._wall_clock_ns = wall_clock_ns
+        self._clock_s = clock_s
+        self._sleep_s = sleep_s
         self._truth = False
         self._fault_text = ""
         self._status = {0: status_code(0)}
@@ -74,20 +84,20 @@ class LivePlant:
 
     async def run(self) -> None:
         """Publish rows until cancelled."""
-        loop = asyncio.get_running_loop()
         period_s = self._plant.period_ns * 1e-9 / self._speed
-        # the moment of row 0 on the loop's clock, which never jumps
-        zero = loop.time() - (time.time_ns() - self._start_ns) * 1e-9
+        # the moment of row 0 on the clock that never jumps
+        zero = self._clock_s() - (self._wall_clock_ns() - self._start_ns) * 1e-9
         while True:
-            now = loop.time()
-            due = int((now - zero) / period_s) + 1
+            now = self._clock_s()
+            # without the grain a wake-up at the exact moment could round to just before it
+            due = int((now - zero) / period_s + 1e-6) + 1
             for _ in range(min(due - self.row, _BATCH_ROWS)):
                 lag = now - (zero + self.row * period_s)
                 if lag > period_s:
                     self.late_rows += 1
                 self.max_lag_ms = max(self.max_lag_ms, lag * 1e3)
                 await self._publish()
-            await asyncio.sleep(max(0.0, zero + self.row * period_s - loop.time()))
+            await self._sleep_s(max(0.0, zero + self.row * period_s - self._clock_s()))
 
     async def _publish(self) -> None:
         row, process = self.row, self._plant.process
@@ -96,7 +106,7 @@ class LivePlant:
             await self.show_factors()
         values = self._plant.step()
         # simulated time runs ahead of the wall clock at any other speed, and both stamps must agree
-        server_stamp = datetime.now(UTC) if self._speed == 1.0 else to_datetime(stamp_ns)
+        server_stamp = to_datetime(self._wall_clock_ns() if self._speed == 1.0 else stamp_ns)
         for sample in self._reporter.report(row, stamp_ns, values):
             await self._write(sample, server_stamp)
         await self._show_truth(stamp_ns, server_stamp)
@@ -139,13 +149,13 @@ class LivePlant:
 
     async def show_factors(self) -> None:
         """Write the factors in force to the fault nodes."""
-        factors, now = self._plant.process.factors, datetime.now(UTC)
+        factors, now = self._plant.process.factors, to_datetime(self._wall_clock_ns())
         for node_id, parameter in self._nodes.factors.items():
             value = ua.Variant(factors[parameter], ua.VariantType.Double)
             await self._server.write_attribute_value(node_id, data_value(value, self._status[0], now, now))
 
     async def _show_counters(self) -> None:
-        now = datetime.now(UTC)
+        now = to_datetime(self._wall_clock_ns())
         counts = {
             "RowsPublished": self.row,
             "SamplesPublished": self.samples,

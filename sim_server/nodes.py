@@ -368,7 +368,7 @@ async def _prepare_result(server: Server, node_id: ua.NodeId) -> bool:
         value = _initial_value(aspace, node_id)
         if value is not None:
             await server.iserver.write_attribute_value(node_id, ua.DataValue(value))
-    return bool(level.Value.Value & _WRITE)
+    return level.Value is not None and bool(level.Value.Value & _WRITE)
 
 
 def _initial_value(aspace: Any, node_id: ua.NodeId) -> ua.Variant | None:

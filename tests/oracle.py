@@ -6,6 +6,8 @@ memory (`push_row`, `forget`) has no twin: the oracle looks back into the whole 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 # -- transition: M. Alamir, R. Dion (2024); section numbers are those of the design -----------------------------
@@ -124,11 +126,14 @@ def learn_bounds(z, own, partners, step, instants):
     return np.min(rows, axis=0), np.max(rows, axis=0), unit
 
 
-def learn_sensor(record, i, own, z, edges, partners, params):
-    """Per transition of one sensor, in order of its code: (code, instants, lo, hi, kept vectors, cover)."""
+def learn_sensor(record, own, z, edges, partners, params):
+    """Per transition of one sensor, in order of its code: (code, instants, lo, hi, its unit vectors).
+
+    Which of the vectors are kept is left to `reduce_vectors`: where two are equally far the choice is free.
+    """
     step, by_code = params.step, {}
     starts = [n for n in range(len(record)) if record.gap[n]] + [len(record)]
-    for first, end in zip(starts[:-1], starts[1:], strict=True):
+    for first, end in itertools.pairwise(starts):
         for t in range(first + step - 1, end - step):
             used = [record.valid[t, j] for j in partners] + [record.valid[t + step, own]]
             used += [record.valid[s, own] for s in range(t - step + 1, t + 1)]
@@ -138,9 +143,5 @@ def learn_sensor(record, i, own, z, edges, partners, params):
     learnt = []
     for code in sorted(by_code):
         lo, hi, unit = learn_bounds(z, own, partners, step, by_code[code])
-        kept, best = [], [1.0]
-        if unit:
-            most = 0 if params.faithful else params.max_vectors
-            kept, best = reduce_vectors(unit, params.eta, most, not params.faithful, params.faithful)
-        learnt.append((code, len(by_code[code]), lo, hi, [unit[k] for k in kept], 1.0 - min(1.0, *best, 1.0)))
+        learnt.append((code, len(by_code[code]), lo, hi, unit))
     return learnt

@@ -1,1 +1,34 @@
-"""The OPC UA client: session, nodes, subscription to frames, history, write-back."""
+"""OPC UA client: one session per server, rows of a group live, history, write-back, browse, checks.
+
+    session = Session(server_config, on_state=...)      # nothing happens yet
+    await session.open()                                # ServerUnreachable, AccessRefused; then it lives for ever
+    findings = await check_tags(session, tags) + await check_outputs(session, {signal: node})
+    raise_findings(findings)                            # NodeProblem with the first ones together
+    record = await read_history(session, tags, start_ns, end_ns, period_ns, progress=lambda done, total: ...)
+    feed = GroupFeed(group_config, {server_name: session}, on_frame)    # on_frame(frame): synchronous, frame is reused
+    await feed.start()
+    back = WriteBack(session, {(monitor, signal): node}, on_ack=lambda monitor, source_ns, ack_utc_ns: ...)
+    await session.attach(back)                          # nodes are looked up now and after each reconnect
+    back.offer(monitor, verdict.source_ns, {"Score": .4, "LastUpdate": verdict.source_ns}, {"ExplanationText": ""})
+    await back.stop({monitor: {"State": 0, "StateText": "stopped"}})
+    await feed.stop()
+    await session.close()
+
+Everything runs on one event loop thread; `on_frame`, `on_ack` and `on_state` are called on it and must not wait.
+What to show: `session.state`, `.reason`, `.counters`; `feed.counters()`, `.tag_states()`, `.revised()`;
+`back.counters`, `.superseded[monitor]`, `.states()`. `Heartbeat` is counted by WriteBack itself. asyncio and asyncua
+stay inside this package.
+"""
+
+from .browse import BrowsedNode, recent_values, walk
+from .feed import GroupFeed
+from .history import oldest_ns, read_history
+from .nodes import Finding, check_outputs, check_tags, problem_of, raise_findings
+from .session import LinkState, Session
+from .subscription import Item, Revised, Subscription
+from .writeback import WriteBack
+
+__all__ = [
+    "BrowsedNode", "Finding", "GroupFeed", "Item", "LinkState", "Revised", "Session", "Subscription", "WriteBack",
+    "check_outputs", "check_tags", "oldest_ns", "problem_of", "raise_findings", "read_history", "recent_values", "walk",
+]

@@ -62,7 +62,7 @@ class TransitionParams:
     eta: float = 0.99
     nu: float = 1.0
     eps: float = 1e-2
-    max_vectors: int = 64
+    max_vectors: int = 32
     partners: int = 0
     faithful: bool = False
 

@@ -4,8 +4,9 @@ Evidence makes the three kinds comparable; per sensor i and instant t each is in
 
     trans   1 for a transition that was never seen (its conf, 1 by rule, is not counted again)
     bound   a / (1 + a), a = largest excess over a bound in widths; shared among the components by excess
-    conf    1 - sqrt(d / conf) where conf > d; d = what healthy vectors of this transition reached (the root,
-            since sqrt(2 conf) is the distance of two unit vectors)
+    conf    (r - h) / 2, r = sqrt(2 conf) = |w - v| the distance from the nearest kept shape (centred unit
+            vectors: 2 is the opposite shape), h the same for the farthest healthy vector of this transition;
+            shared among the components by their part in |w - v|^2
 
 A cause's share is its evidence summed over the window, over all evidence in the window.
 
@@ -14,6 +15,7 @@ Source: M. Alamir, R. Dion (2024), "characterisation": the components (i, j, t) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,8 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcua_detector.api import Cause, Float64, Int64, MethodModel
+from opcua_detector.kernels.transition import LARGEST
 
 MOST_CAUSES = 16
+MOST_SHAPES = 32
+"""So many instants of a sensor at most, the worst ones, are compared with shapes one by one."""
 SMALLEST_SHARE = 0.01
 
 
@@ -65,7 +70,7 @@ def explain_rows(
     if newest.size == 0:
         return []
     with np.errstate(invalid="ignore", over="ignore"):
-        scaled = np.where(valid, (raw - a["mean"]) * a["inverse"], 0.0)
+        scaled = np.where(valid, (raw - a["mean"]) * a["inverse"], 0.0).clip(-LARGEST, LARGEST)
     rows = _Rows(
         raw, scaled, valid, newest - step, source_ns, residuals[newest].reshape(newest.size, 3, -1)
     )
@@ -90,35 +95,41 @@ def _sensor_causes(model: MethodModel, rows: _Rows, i: int, own: int) -> list[tu
     unseen = judged & (row < 0)
     if unseen.any():
         found.append((float(unseen.sum()), _unseen_cause(model, rows, i, own, before, after, unseen)))
-    distance = np.maximum(a["cover"][row], 1.0 - float(model.params["eta"]))
-    with np.errstate(invalid="ignore"):
-        above = np.sqrt(np.maximum(conf, distance) / distance)
-        evidence = np.where((row >= 0) & (conf > distance), 1.0 - 1.0 / above, 0.0)
-    if evidence.any():
-        at = int(np.argmax(evidence))
-        name = model.columns[own]
-        found.append((float(evidence.sum()), Cause(
-            name, "conf", 0.0, other=name, **_situation(model, i, int(before[at]), int(after[at])),
-            source_ns=int(rows.source_ns[rows.t[at]]),
-        )))
     outside = np.flatnonzero((row >= 0) & (bound > 0.0))
     if outside.size:
-        found += _bound_causes(model, rows, i, own, before, after, row, outside)
+        found += _column_causes(model, rows, i, "bound", before, after, row, outside, _bound_parts)
+    # a little more than reached, since the vectors are kept with 7 digits
+    distance = np.maximum(a["cover"][row], 1.0 - float(model.params["eta"])) * 1.001 + 1e-6
+    with np.errstate(invalid="ignore"):
+        unlike = np.flatnonzero((row >= 0) & (conf > distance))
+    if unlike.size:
+        evidence = (np.sqrt(2.0 * conf[unlike]) - np.sqrt(2.0 * distance[unlike])) / 2.0
+        worst = np.sort(np.argsort(-evidence, kind="stable")[:MOST_SHAPES])
+        weight = evidence[worst] * (evidence.sum() / evidence[worst].sum())
+        found += _column_causes(
+            model, rows, i, "conf", before, after, row, unlike[worst],
+            lambda *w: _shape_parts(model, row[unlike[worst]], *w) * weight[:, None],
+        )
     return found
 
 
 def _unseen_cause(
     model: MethodModel, rows: _Rows, i: int, own: int, before: Int64, after: Int64, unseen: NDArray[np.bool_]
 ) -> Cause:
-    """Return the cause of the latest instant with a transition that was never seen."""
+    """Return the cause of the latest instant with a transition that was never seen.
+
+    Its normal range is made of the seen levels that join the one nearest to where it went.
+    """
     a, levels, step = model.arrays, int(model.params["levels"]), int(model.params["step"])
     at = int(np.flatnonzero(unseen)[-1])
     to_levels = np.flatnonzero(a["table"][i].reshape(levels, levels)[before[at]] >= 0)
     low = high = float("nan")
     if to_levels.size:
+        joined = np.split(to_levels, np.flatnonzero(np.diff(to_levels) > 1) + 1)
+        nearest = min(joined, key=lambda run: int(np.abs(run - after[at]).min()))
         # a level is open at the ends: what was normal there ends where the healthy values did
-        low = max(_level_range(model, i, int(to_levels[0]))[0], float(a["low"][own]))
-        high = min(_level_range(model, i, int(to_levels[-1]))[1], float(a["high"][own]))
+        low = max(_level_range(model, i, int(nearest[0]))[0], float(a["low"][own]))
+        high = min(_level_range(model, i, int(nearest[-1]))[1], float(a["high"][own]))
     name = model.columns[own]
     return Cause(
         name, "trans", 0.0, observed=float(rows.raw[rows.t[at] + step, own]), normal_low=low,
@@ -127,37 +138,69 @@ def _unseen_cause(
     )
 
 
-def _bound_causes(
-    model: MethodModel, rows: _Rows, i: int, own: int, before: Int64, after: Int64, row: Int64, outside: Int64
+def _column_causes(
+    model: MethodModel, rows: _Rows, i: int, kind: str, before: Int64, after: Int64, row: Int64, chosen: Int64,
+    parts: Callable[[Float64, NDArray[np.bool_], Float64, Float64, Float64], Float64],
 ) -> list[tuple[float, Cause]]:
-    """Return one cause per column that leaves its bounds while sensor i makes its transitions."""
+    """Return one cause per column that is off while sensor i makes its transitions.
+
+    `parts` gives the evidence of each component, float64[m, n_e], at the `chosen` ones of the judged instants,
+    from w, its validity, lo, hi (all [m, n_e], scaled) and the tolerance [n_e]. The instant that is told is the
+    one with the largest evidence; for bounds the one farthest outside in the tag's unit, which a trend shows best.
+    """
     a, step = model.arrays, int(model.params["step"])
-    partners = a["partners"][i]
+    own, partners = int(np.flatnonzero(a["judged"])[i]), a["partners"][i]
     column = np.concatenate([partners, np.full(step - 1, own)])  # of each component
     back = np.concatenate([np.zeros(partners.size, np.int64), np.arange(step - 1, 0, -1)])  # rows before t
-    t = rows.t[outside]
-    at = t[:, None] - back
+    at = rows.t[chosen][:, None] - back
+    lo, hi = a["lo"][row[chosen]], a["hi"][row[chosen]]
     w = rows.scaled[at, column]
-    lo, hi = a["lo"][row[outside]], a["hi"][row[outside]]
-    excess = np.maximum(lo - w, 0.0) + np.maximum(w - hi, 0.0)
-    excess = np.where(rows.valid[at, column], excess / (hi - lo + a["tolerance"][column]), 0.0)
-    largest = excess.max(axis=1, keepdims=True)
-    part = excess / np.maximum(excess.sum(axis=1, keepdims=True), 1e-300) * (largest / (1.0 + largest))
+    part = parts(w, rows.valid[at, column], lo, hi, a["tolerance"][column])
+    telling = np.where(part > 0.0, np.maximum(lo - w, w - hi), -np.inf) if kind == "bound" else part
     found = []
     for j in np.unique(column):
         mine = np.flatnonzero(column == j)
         weight = float(part[:, mine].sum())
         if weight <= 0.0:
             continue
-        k, component = np.unravel_index(int(np.argmax(excess[:, mine])), (t.size, mine.size))
+        k, component = np.unravel_index(int(np.argmax(telling[:, mine])), (chosen.size, mine.size))
         c = mine[component]
+        low = high = float("nan")
+        if kind == "bound":
+            low, high = _raw(a, j, lo[k, c]), _raw(a, j, hi[k, c])
         found.append((weight, Cause(
-            model.columns[j], "bound", 0.0, observed=float(rows.raw[at[k, c], j]),
-            normal_low=_raw(a, j, lo[k, c]), normal_high=_raw(a, j, hi[k, c]), other=model.columns[own],
-            **_situation(model, i, int(before[outside[k]]), int(after[outside[k]])),
+            model.columns[j], kind, 0.0, observed=float(rows.raw[at[k, c], j]), normal_low=low, normal_high=high,
+            other=model.columns[own], **_situation(model, i, int(before[chosen[k]]), int(after[chosen[k]])),
             source_ns=int(rows.source_ns[at[k, c]]),
         )))
     return found
+
+
+def _bound_parts(
+    w: Float64, valid: NDArray[np.bool_], lo: Float64, hi: Float64, tolerance: Float64
+) -> Float64:
+    """Return float64[m, n_e]: a / (1 + a) of the largest excess a, shared by excess."""
+    excess = np.maximum(lo - w, 0.0) + np.maximum(w - hi, 0.0)
+    excess = np.where(valid, excess / (hi - lo + tolerance), 0.0)
+    largest = excess.max(axis=1, keepdims=True)
+    return excess / np.maximum(excess.sum(axis=1, keepdims=True), 1e-300) * (largest / (1.0 + largest))
+
+
+def _shape_parts(
+    model: MethodModel, row: Int64, w: Float64, valid: NDArray[np.bool_], lo: Float64, hi: Float64,
+    tolerance: Float64,
+) -> Float64:
+    """Return float64[m, n_e]: part of each component in the distance from the nearest kept shape; rows sum to 1."""
+    a = model.arrays
+    part = np.zeros(w.shape)
+    for k, ok in enumerate(valid):
+        v = a["vectors"][a["pointers"][row[k]] : a["pointers"][row[k] + 1], ok].astype(np.float64)
+        shape, v = w[k, ok] - w[k, ok].mean(), v - v.mean(axis=1, keepdims=True)
+        shape /= np.linalg.norm(shape)
+        v /= np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
+        square = (shape - v[np.argmax(v @ shape)]) ** 2
+        part[k, ok] = square / square.sum()
+    return part
 
 
 def _raw(arrays: Any, column: int, scaled: float) -> float:

@@ -141,7 +141,8 @@ def learn_sensor(
     unit, best, kept : room for the largest transition: float32[m, n_e], float64[m], int32[m]
     vectors : float32[enough, n_e], written
     pointers : int64[n_rows + 1], written: where the vectors of each transition begin
-    cover : float32[n_rows], written: 1 - the lowest correlation of a training vector with those kept
+    cover : float32[n_rows], written: 1 - the lowest signed correlation of a training vector with those kept
+        (where not farthest, that of a covered vector counts no closer than the first that covered it)
 
     Returns
     -------
@@ -158,6 +159,10 @@ def learn_sensor(
             n_v += 1
         lowest = 1.0
         for k in range(n):
+            if absolute:  # the score has a sign
+                best[k] = -1.0
+                for v in range(n_kept):
+                    best[k] = max(best[k], row_dot(unit, kept[v], k))
             lowest = min(lowest, best[k])
         cover[row] = 1.0 - lowest
         pointers[row + 1] = n_v

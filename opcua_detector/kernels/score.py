@@ -34,18 +34,16 @@ def surprise(x, grid, level, n, knee, slope):
     return min(value, 12.0)
 
 
-@njit("float64(float64[::1], float64[::1], int64, int64, int64)", cache=True)
-def _resum(ring, total, pos, length, window):
-    """Write the exact sum of the last `window` entries up to `pos` into total[0], NaN left out; return the count."""
+@njit("float64(float64[::1], float64[::1], float64[::1], int64, float64, float64)", cache=True)
+def mean_surprise(x, grid, level, n, knee, slope):
+    """Return the mean surprise of residuals float64[m], NaN left out; 0 where nothing is left (see `surprise`)."""
     acc = 0.0
     count = 0.0
-    for back in range(window):
-        x = ring[(pos - back) % length]
-        if not math.isnan(x):
-            acc += x
+    for t in range(x.shape[0]):
+        if not math.isnan(x[t]):
+            acc += surprise(x[t], grid, level, n, knee, slope)
             count += 1.0
-    total[0] = acc
-    return count
+    return acc / max(count, 1.0)
 
 
 @njit("void(float64[:, :, ::1], float64[:, :, :, ::1], int64[::1])", cache=True)
@@ -110,7 +108,8 @@ def score_step(residual, state, grid, level, used, tail, group, kind, windows, r
     tail float64[n_states, n_channels, 2]: knee, slope; group int64[n_channels]: fusion group;
     kind int64[n_channels]: 0 trans, 1 bound, 2 conf, else other; windows int64[n_windows] rows;
     ring float64[2, n_channels, length]: surprise and residual of the last rows, length >= longest window;
-    sums float64[n_channels, n_windows, 2, 2]: [.., 0] sum, [.., 1] count; of surprise and residual;
+    sums float64[n_channels, n_windows, 2, 3]: of surprise and residual; [.., 0] sum, [.., 1] count, [.., 2] sum
+    since the last whole window;
     stat float64[n_groups, n_windows]: mean surprise; limit float64[n_states, n_groups, n_windows];
     cursor int64[2]: ring position, rows since the reset; out float64[6]: see the constants above.
     score = max over groups and windows of stat / limit, 1.0 = limit.
@@ -125,6 +124,7 @@ def score_step(residual, state, grid, level, used, tail, group, kind, windows, r
             s = surprise(r, grid[state, c], level[state, c], used[state, c], tail[state, c, 0], tail[state, c, 1])
         for w in range(windows.shape[0]):
             leaving = (pos - windows[w]) % length
+            whole = (cursor[1] + 1) % windows[w] == 0
             for q in range(2):
                 old = ring[q, c, leaving]
                 new = s if q == 0 else r
@@ -134,12 +134,12 @@ def score_step(residual, state, grid, level, used, tail, group, kind, windows, r
                 if not math.isnan(new):
                     sums[c, w, q, 0] += new
                     sums[c, w, q, 1] += 1.0
+                    sums[c, w, q, 2] += new
+                if whole:  # the sum begun a window ago replaces the running one: rounding never adds up
+                    sums[c, w, q, 0] = sums[c, w, q, 2]
+                    sums[c, w, q, 2] = 0.0
         ring[0, c, pos] = s
         ring[1, c, pos] = r
-    again = cursor[1] % n_channels  # re-sum one channel a row: rounding never adds up
-    for w in range(windows.shape[0]):
-        for q in range(2):
-            sums[again, w, q, 1] = _resum(ring[q, again], sums[again, w, q], pos, length, windows[w])
     cursor[0] = (pos + 1) % length
     cursor[1] += 1
     _fuse(state, group, kind, windows, sums, stat, limit, out)

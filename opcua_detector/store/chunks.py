@@ -24,11 +24,26 @@ CHUNK_BYTES = 262_144  # of values; large enough for deflate, small enough for a
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 4096
 
 CHUNK_COLUMNS = (
-    "recording_id", "first_seq", "row_count", "first_ns", "last_ns", "level", "codec", "bytes",
-    "source_ns", "value_blob", "seq", "valid", "status", "gap", "truth",
+    "recording_id",
+    "first_seq",
+    "row_count",
+    "first_ns",
+    "last_ns",
+    "written_ns",
+    "level",
+    "codec",
+    "bytes",
+    "source_ns",
+    "value_blob",
+    "seq",
+    "valid",
+    "status",
+    "gap",
+    "truth",
 )
-INSERT_CHUNK = (f"INSERT INTO row_chunks ({', '.join(CHUNK_COLUMNS)}) "
-                f"VALUES ({', '.join('?' * len(CHUNK_COLUMNS))})")
+INSERT_CHUNK = (
+    f"INSERT INTO row_chunks ({', '.join(CHUNK_COLUMNS)}) VALUES ({', '.join('?' * len(CHUNK_COLUMNS))})"
+)
 SELECT_CHUNK = "SELECT id, first_seq, row_count, codec, source_ns, value_blob, seq, valid, status, gap, truth"
 
 
@@ -36,7 +51,8 @@ SELECT_CHUNK = "SELECT id, first_seq, row_count, codec, source_ns, value_blob, s
 class Rows:
     """Rows of one recording as arrays.
 
-    seq : int64[n]; number of the row since the start of the recording, strictly increasing; a jump = rows missing
+    seq : int64[n]; number of the row since the start of the recording, strictly increasing; a jump = rows
+    missing
     source_ns : int64[n]; strictly increasing
     values : float64[n, k]; valid : uint8[n, k]; status : uint32[n, k]
     gap : uint8[n]; truth : uint8[n] or None
@@ -55,8 +71,15 @@ class Rows:
 
     def take(self, index: slice | NDArray[Any]) -> Rows:
         """Return the rows of a slice or index."""
-        return Rows(self.seq[index], self.source_ns[index], self.values[index], self.valid[index],
-                    self.status[index], self.gap[index], None if self.truth is None else self.truth[index])
+        return Rows(
+            self.seq[index],
+            self.source_ns[index],
+            self.values[index],
+            self.valid[index],
+            self.status[index],
+            self.gap[index],
+            None if self.truth is None else self.truth[index],
+        )
 
 
 def chunk_rows(n_tags: int) -> int:
@@ -70,18 +93,21 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     truth = [part.truth for part in parts if part.truth is not None]
     return Rows(
-        np.concatenate([part.seq for part in parts]), np.concatenate([part.source_ns for part in parts]),
-        np.concatenate([part.values for part in parts]), np.concatenate([part.valid for part in parts]),
-        np.concatenate([part.status for part in parts]), np.concatenate([part.gap for part in parts]),
+        np.concatenate([part.seq for part in parts]),
+        np.concatenate([part.source_ns for part in parts]),
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.valid for part in parts]),
+        np.concatenate([part.status for part in parts]),
+        np.concatenate([part.gap for part in parts]),
         np.concatenate(truth) if len(truth) == len(parts) else None,
     )
 
 
 def _planes(array: NDArray[Any]) -> bytes:
-    """Deflate the byte planes (all first bytes, all second bytes ...): exponents stand together and shrink."""
+    """Deflate the byte planes (first bytes, second bytes ...): exponents stand together and shrink."""
     flat = np.ascontiguousarray(array.T)  # one tag after the other
     planes = np.ascontiguousarray(flat.view(np.uint8).reshape(-1, array.itemsize).T)
-    return zlib.compress(planes, 1)
+    return zlib.compress(planes.data, 1)
 
 
 def _from_planes(blob: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -101,8 +127,11 @@ def _decode(blob: bytes, codec: int, dtype: str, shape: tuple[int, ...]) -> NDAr
     return np.frombuffer(blob, dtype).reshape(shape)
 
 
-def encode(rows: Rows, recording_id: int, level: int, codec: int) -> tuple[Any, ...]:
-    """Return the parameters of `INSERT_CHUNK` for these rows (at least one)."""
+def encode(rows: Rows, recording_id: int, written_ns: int, level: int, codec: int) -> tuple[Any, ...]:
+    """Return the parameters of `INSERT_CHUNK` for these rows (at least one).
+
+    written_ns : int; when they were recorded, on our clock: what retention counts their age from
+    """
     source_ns = np.ascontiguousarray(rows.source_ns, "<i8")
     if codec == DEFLATED:  # distances compress to almost nothing on a regular grid
         source_ns = np.diff(source_ns, prepend=np.int64(0))
@@ -117,18 +146,30 @@ def encode(rows: Rows, recording_id: int, level: int, codec: int) -> tuple[Any, 
         None if rows.truth is None else _encode(np.ascontiguousarray(rows.truth, np.uint8), codec),
     ]
     size = sum(len(blob) for blob in blobs if blob is not None)
-    return (recording_id, int(rows.seq[0]), len(rows), int(rows.source_ns[0]), int(rows.source_ns[-1]),
-            level, codec, size, *blobs)
+    return (
+        recording_id,
+        int(rows.seq[0]),
+        len(rows),
+        int(rows.source_ns[0]),
+        int(rows.source_ns[-1]),
+        written_ns,
+        level,
+        codec,
+        size,
+        *blobs,
+    )
 
 
 def decode(stored: Sequence[Any], n_tags: int) -> Rows:
-    """Return the rows of one result row of `SELECT_CHUNK`; ValueError or zlib.error where a blob is damaged."""
+    """Return the rows of a `SELECT_CHUNK` result; ValueError or zlib.error where a blob is damaged."""
     _, first_seq, n, codec, source_blob, value_blob, seq, valid, status, gap, truth = stored
     source_ns = _decode(source_blob, codec, "<i8", (n,))
     if codec == DEFLATED:
         source_ns = np.cumsum(source_ns)
     return Rows(
-        np.arange(first_seq, first_seq + n, dtype=np.int64) if seq is None else _decode(seq, codec, "<i8", (n,)),
+        np.arange(first_seq, first_seq + n, dtype=np.int64)
+        if seq is None
+        else _decode(seq, codec, "<i8", (n,)),
         source_ns,
         _decode(value_blob, codec, "<f8", (n, n_tags)),
         np.ones((n, n_tags), np.uint8) if valid is None else _decode(valid, codec, "|u1", (n, n_tags)),
@@ -150,12 +191,21 @@ def merge_small(conn: sqlite3.Connection, recording_id: int, n_tags: int, limit:
 
     Returns the number of small chunks replaced.
     """
-    stored = conn.execute(f"{SELECT_CHUNK} FROM row_chunks WHERE recording_id = ? AND level = ? "
-                          "ORDER BY first_seq LIMIT ?", (recording_id, SMALL, limit)).fetchall()
+    stored = conn.execute(
+        f"{SELECT_CHUNK}, written_ns FROM row_chunks WHERE recording_id = ? AND level = ? "
+        "ORDER BY first_seq LIMIT ?",
+        (recording_id, SMALL, limit),
+    ).fetchall()
     if not stored:
         return 0
-    rows = concatenate([decode(chunk, n_tags) for chunk in stored])
+    rows = concatenate([decode(chunk[:-1], n_tags) for chunk in stored])
+    written_ns = max(chunk[-1] for chunk in stored)
     conn.executemany("DELETE FROM row_chunks WHERE id = ?", [(chunk[0],) for chunk in stored])
-    conn.executemany(INSERT_CHUNK, (encode(part, recording_id, MERGED, DEFLATED)
-                                    for part in split(rows, chunk_rows(n_tags))))
+    conn.executemany(
+        INSERT_CHUNK,
+        (
+            encode(part, recording_id, written_ns, MERGED, DEFLATED)
+            for part in split(rows, chunk_rows(n_tags))
+        ),
+    )
     return len(stored)

@@ -1,7 +1,7 @@
-"""What the store keeps besides rows, as frozen dataclasses: events, feedback, audit, models, runs, recordings, trend.
+"""What the store keeps besides rows, as frozen dataclasses, and their JSON.
 
 Times are int nanoseconds since 1970-01-01 UTC. JSON columns are plain JSON: NaN becomes null and infinities
-become the strings "Infinity" and "-Infinity", so that every JSON reader (and SQLite's own functions) takes them.
+become the strings "Infinity" and "-Infinity", so that every JSON reader (SQLite's too) takes them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class StoredModel:
 
 @dataclass(frozen=True, slots=True)
 class StoredRun:
-    """One life of the process; `ended_ns` is None where it runs or did not end by itself (see `end_reason`)."""
+    """One life of the process; `ended_ns` is None where it runs or was killed (see `end_reason`)."""
 
     id: int
     started_ns: int
@@ -146,10 +146,10 @@ class Trend:
 class Usage:
     """Bytes in use, by class of table.
 
-    `raw` and `trend` are what retention may take away; `protected` are events, feedback, audit, models and runs;
-    `other` is the rest (indexes, page slack, schema). They sum to `total`. `free` pages are inside the file and
-    are being given back; `wal` is the write-ahead log beside it. raw, trend and protected are counted from the
-    content, so page slack appears under `other`.
+    `raw` and `trend` are what retention may take away; `protected` are events, feedback, audit, models and
+    runs; `other` is the rest (indexes, page slack, schema). They sum to `total`. `free` pages are inside the
+    file and are being given back; `wal` is the write-ahead log beside it. raw, trend and protected are
+    counted from the content, so page slack appears under `other`.
     """
 
     total_bytes: int

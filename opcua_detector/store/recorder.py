@@ -1,12 +1,13 @@
-"""The writer thread: the only one that writes the database, in batches, and that survives a full or locked disk.
+"""The writer thread: the only one that writes the database, in batches; outlives a full or locked disk.
 
-A batch is one transaction: the queued entries first (events, feedback, audit, models, runs; never dropped), then the
-rows and verdicts of the rings. Rings and queue are only emptied once the transaction is committed, so an attempt
-that fails costs nothing and is made again.
+A batch is one transaction: the queued entries first (events, feedback, audit, models, runs; never dropped),
+then the rows and verdicts of the rings. Rings and queue are only emptied once the transaction is committed,
+so an attempt that fails costs nothing and is made again.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sqlite3
@@ -26,7 +27,7 @@ import sqlite_utils
 from ..api import Frame, Verdict
 from ..errors import StoreError
 from .chunks import INSERT_CHUNK, MERGED, PLAIN, SMALL, Rows, chunk_rows, encode, merge_small, split
-from .entries import StoreCounters, tags_to_json
+from .entries import StoreCounters
 from .retention import Retainer, Retention
 from .rings import Recording, VerdictRing
 from .schema import RETRYABLE, Synchronous, code_of, configure_writer, connect, immediate, store_error
@@ -36,8 +37,15 @@ log = logging.getLogger(__name__)
 
 SMALL_CHUNKS = 256  # merged at the latest then, so that slow groups do not leave one database row per sample
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.05, 5.0
-_RECONNECT = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY,
-                        sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_RECONNECT = frozenset(
+    {
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +98,14 @@ class Recorder:
     last_error : str; why the last attempt failed; empty while it works
     """
 
-    def __init__(self, path: Path, db: sqlite_utils.Database, settings: WriterSettings, retention: Retention,
-                 clock_ns: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        db: sqlite_utils.Database,
+        settings: WriterSettings,
+        retention: Retention,
+        clock_ns: Callable[[], int],
+    ) -> None:
         self.path, self.settings = path, settings
         self.run_id = 0
         self.committed_seq = self.synced_seq = 0
@@ -109,6 +123,7 @@ class Recorder:
         self._wake, self._closing = threading.Event(), threading.Event()
         self._close_by = 0.0
         self._backoff_s = 0.0
+        self._aside_error = ""
         self._dropping, self._dropped_seen = False, 0
         self._next_sync = time.monotonic() + settings.sync_interval_s
         self._inode = os.stat(path).st_ino
@@ -152,8 +167,13 @@ class Recorder:
         """Write the rows of this recording from now on."""
         self._recordings.append(recording)
 
-    def submit(self, work: Callable[[sqlite_utils.Database], Any] | None, *, urgent: bool = True,
-               waited: bool = False) -> Future[Any]:
+    def submit(
+        self,
+        work: Callable[[sqlite_utils.Database], Any] | None,
+        *,
+        urgent: bool = True,
+        waited: bool = False,
+    ) -> Future[Any]:
         """Queue work for the next transaction; never waits, never drops."""
         if self._closing.is_set():
             raise StoreError("the store is closed", where=str(self.path), next_step="open it again")
@@ -179,8 +199,11 @@ class Recorder:
         except TimeoutError as exc:
             outcome = "it was not written" if future.cancel() else "it stays queued"
             reason = self.last_error or "the writer is busy"
-            raise StoreError(f"not committed within {timeout_s:g} s ({reason}); {outcome}", where=str(self.path),
-                             next_step="remove the cause (disk full, file locked) and try again") from exc
+            raise StoreError(
+                f"not committed within {timeout_s:g} s ({reason}); {outcome}",
+                where=str(self.path),
+                next_step="remove the cause (disk full, file locked) and try again",
+            ) from exc
 
     def end(self, recording: Recording) -> None:
         """Take no more rows; the next transaction writes what is there and marks the recording as ended."""
@@ -201,8 +224,12 @@ class Recorder:
     @property
     def queued(self) -> int:
         """Entries and items that wait for a commit."""
-        return (len(self._tasks) + len(self._batch) + sum(r.ring.head - r.ring.tail for r in list(self._recordings))
-                + sum(ring.head - ring.tail for ring in list(self._verdicts.values())))
+        return (
+            len(self._tasks)
+            + len(self._batch)
+            + sum(r.ring.head - r.ring.tail for r in list(self._recordings))
+            + sum(ring.head - ring.tail for ring in list(self._verdicts.values()))
+        )
 
     @property
     def counters(self) -> StoreCounters:
@@ -215,13 +242,17 @@ class Recorder:
             dropped_rows=self._retired.dropped_rows + sum(ring.dropped for ring in rings),
             out_of_order_rows=self._retired.out_of_order_rows + sum(ring.out_of_order for ring in rings),
             dropped_verdicts=sum(ring.dropped for ring in scores),
-            rejected=self._counters.rejected + self._retired.rejected + sum(ring.rejected for ring in rings)
+            rejected=self._counters.rejected
+            + self._retired.rejected
+            + sum(ring.rejected for ring in rings)
             + sum(ring.rejected for ring in scores),
-            thinned_rows=kept.thinned_rows, deleted_rows=kept.deleted_rows, decimated_trend=kept.decimated,
+            thinned_rows=kept.thinned_rows,
+            deleted_rows=kept.deleted_rows,
+            decimated_trend=kept.decimated,
         )
 
     def close(self, timeout_s: float) -> int:
-        """Write what is pending and end the thread; return how many items and entries could not be written."""
+        """Write what is pending and end the thread; return how many things could not be written."""
         for recording in list(self._recordings):
             self.end(recording)
         self._close_by = time.monotonic() + timeout_s
@@ -242,22 +273,25 @@ class Recorder:
                 self._closing.wait(self._backoff_s)
                 wait_s = 0.0
                 continue
-            self._attempt(self._sync_if_due)
-            if self._attempt(self._retain_step) and self._retainer.active:
+            self._aside(self._sync_if_due)
+            self._aside(self._retain_step)
+            if self._retainer.active:
                 wait_s = min(wait_s, 0.005)
         while not self._attempt(self._commit_pending) and time.monotonic() < self._close_by:
             time.sleep(min(self._backoff_s, max(0.0, self._close_by - time.monotonic())))
         self._end()
 
     def _end(self) -> None:
-        reason = StoreError(f"the store was closed before this was written ({self.last_error})", where=str(self.path))
+        reason = StoreError(
+            f"the store was closed before this was written ({self.last_error})", where=str(self.path)
+        )
         for task in (*self._batch, *self._tasks):
             if not task.future.cancelled():
                 task.future.set_exception(reason)
         self._retainer.stop(reason)
         with suppress(sqlite3.Error):
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if not self.queued:
+            busy = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            if not busy and not self.queued:
                 self.synced_seq = self.committed_seq
         with suppress(sqlite3.Error):
             self._db.close()
@@ -271,11 +305,25 @@ class Recorder:
             return False
         return True
 
+    def _aside(self, step: Callable[[], None]) -> None:
+        """Run a step that commits nothing of what was offered; it comes round again, so an error only waits."""
+        try:
+            step()
+        except Exception as exc:
+            self._counters = replace(self._counters, write_errors=self._counters.write_errors + 1)
+            if str(exc) != self._aside_error:
+                log.warning("store %s: checkpoint or retention failed: %s", self.path, exc)
+            self._aside_error = str(exc)
+
     def _failed(self, exc: Exception) -> None:
         self._counters = replace(self._counters, write_errors=self._counters.write_errors + 1)
         if not self.last_error:
-            log.warning("store %s cannot be written: %s; rows are kept in memory and tried again", self.path, exc,
-                        exc_info=None if isinstance(exc, (sqlite3.Error, StoreError)) else exc)
+            log.warning(
+                "store %s cannot be written: %s; rows are kept in memory and tried again",
+                self.path,
+                exc,
+                exc_info=None if isinstance(exc, (sqlite3.Error, StoreError)) else exc,
+            )
         self.last_error = str(exc) or type(exc).__name__
         self._backoff_s = min(LONGEST_BACKOFF_S, max(FIRST_BACKOFF_S, 2 * self._backoff_s))
         if isinstance(exc, sqlite3.Error) and code_of(exc) in _RECONNECT:
@@ -299,8 +347,11 @@ class Recorder:
     def _works(self) -> None:
         self._backoff_s = 0.0
         if self.last_error:
-            log.info("store %s is written again after %d failed attempts since the start", self.path,
-                     self._counters.write_errors)
+            log.info(
+                "store %s is written again after %d failed attempts since the start",
+                self.path,
+                self._counters.write_errors,
+            )
             self.last_error = ""
         self._tell_drops()
 
@@ -308,11 +359,18 @@ class Recorder:
         counters = self.counters
         dropped = counters.dropped_rows + counters.dropped_verdicts
         if dropped > self._dropped_seen and not self._dropping:
-            log.warning("store %s drops rows or verdicts: they come faster than they can be written%s", self.path,
-                        f" ({self.last_error})" if self.last_error else "")
+            log.warning(
+                "store %s drops rows or verdicts: they come faster than they can be written%s",
+                self.path,
+                f" ({self.last_error})" if self.last_error else "",
+            )
         elif self._dropping and dropped == self._dropped_seen:
-            log.info("store %s drops nothing any more; dropped since the start: %d rows, %d verdicts", self.path,
-                     counters.dropped_rows, counters.dropped_verdicts)
+            log.info(
+                "store %s drops nothing any more; dropped since the start: %d rows, %d verdicts",
+                self.path,
+                counters.dropped_rows,
+                counters.dropped_verdicts,
+            )
         self._dropping, self._dropped_seen = dropped > self._dropped_seen, dropped
 
     # ---- one transaction
@@ -321,7 +379,9 @@ class Recorder:
         while self._tasks:
             self._batch.append(self._tasks.popleft())
         offered = self._offered  # before the heads: a slot is written before it is counted
-        recordings = [(r, r.ring.head) for r in list(self._recordings) if r.ending or r.ring.head > r.ring.tail]
+        recordings = [
+            (r, r.ring.head) for r in list(self._recordings) if r.ending or r.ring.head > r.ring.tail
+        ]
         verdicts = [(ring, ring.head) for ring in list(self._verdicts.values()) if ring.head > ring.tail]
         if not (self._batch or recordings or verdicts):
             self._works()
@@ -354,8 +414,11 @@ class Recorder:
         except FileNotFoundError:
             here = False
         if not here:
-            raise StoreError("the file was moved, replaced or deleted while in use", where=str(self.path),
-                             next_step="put it back, or restart to begin a new store")
+            raise StoreError(
+                "the file was moved, replaced or deleted while in use",
+                where=str(self.path),
+                next_step="put it back, or restart to begin a new store",
+            )
 
     def _work(self, task: Task) -> None:
         if task.future.cancelled():
@@ -379,9 +442,13 @@ class Recorder:
         batch, self._batch = self._batch, []
         rejected = sum(task.error is not None and not task.waited for task in batch)
         self._counters = replace(
-            self._counters, rows=self._counters.rows + rows, verdicts=self._counters.verdicts + scored,
-            entries=self._counters.entries + sum(task.work is not None for task in batch), commits=self._counters.commits + 1,
-            rejected=self._counters.rejected + rejected)
+            self._counters,
+            rows=self._counters.rows + rows,
+            verdicts=self._counters.verdicts + scored,
+            entries=self._counters.entries + sum(task.work is not None for task in batch),
+            commits=self._counters.commits + 1,
+            rejected=self._counters.rejected + rejected,
+        )
         for task in batch:
             if task.future.cancelled():
                 continue
@@ -392,34 +459,49 @@ class Recorder:
             if not task.waited:
                 log.error("store %s refused an entry: %s", self.path, task.error)
 
-    def _write_verdicts(self, conn: sqlite3.Connection, ring: VerdictRing,
-                        head: int) -> tuple[tuple[int, str], AlertSurroundings, int]:
+    def _write_verdicts(
+        self, conn: sqlite3.Connection, ring: VerdictRing, head: int
+    ) -> tuple[tuple[int, str], AlertSurroundings, int]:
         scores = ring.peek(head)
         key = (self.run_id, ring.monitor)
-        series = series_id(conn, *key)
+        series = series_id(conn, *key, self._clock_ns() - int(scores.source_ns[-1]))
         write_buckets(conn, series, scores)
         detail, state = self._surroundings.get(key, AlertSurroundings()).choose(scores)
         write_detail(conn, series, detail)
         return key, state, len(scores)
 
     def _write_rows(self, conn: sqlite3.Connection, recording: Recording, head: int) -> _Committed:
-        done = _Committed(recording, head, recording.id, recording.name, recording.last_ns, recording.small_rows,
-                          recording.small_chunks, head - recording.ring.tail, recording.ending)
+        done = _Committed(
+            recording,
+            head,
+            recording.id,
+            recording.name,
+            recording.last_ns,
+            recording.small_rows,
+            recording.small_chunks,
+            head - recording.ring.tail,
+            recording.ending,
+        )
         if done.written:
             rows = recording.ring.peek(head)
             for k, part in enumerate(_increasing(rows)):
                 if k or int(part.source_ns[0]) <= recording.last_ns:
                     self._continue_elsewhere(conn, recording, done)
                 self._append(conn, recording, done, part)
-        if done.ended or done.small_chunks >= SMALL_CHUNKS or done.small_rows >= chunk_rows(len(recording.tags)):
+        if (
+            done.ended
+            or done.small_chunks >= SMALL_CHUNKS
+            or done.small_rows >= chunk_rows(len(recording.tags))
+        ):
             self._merge(conn, recording, done)
         if done.ended:
             conn.execute("UPDATE recordings SET ended_ns = ? WHERE id = ?", (self._clock_ns(), done.id))
         return done
 
     def _append(self, conn: sqlite3.Connection, recording: Recording, done: _Committed, rows: Rows) -> None:
+        now_ns = self._clock_ns()
         parts = list(split(rows, chunk_rows(len(recording.tags))))
-        conn.executemany(INSERT_CHUNK, [encode(part, done.id, SMALL, PLAIN) for part in parts])
+        conn.executemany(INSERT_CHUNK, [encode(part, done.id, now_ns, SMALL, PLAIN) for part in parts])
         done.small_chunks += len(parts)
         done.small_rows += len(rows)
         done.last_ns = int(rows.source_ns[-1])
@@ -431,8 +513,10 @@ class Recorder:
                 pass
         except (ValueError, zlib.error) as exc:  # a damaged chunk must not stop the recording
             conn.execute("ROLLBACK TO merge")
-            conn.execute("UPDATE row_chunks SET level = ? WHERE recording_id = ? AND level = ?",
-                         (MERGED, done.id, SMALL))
+            conn.execute(
+                "UPDATE row_chunks SET level = ? WHERE recording_id = ? AND level = ?",
+                (MERGED, done.id, SMALL),
+            )
             log.error("store %s: rows of recording %s cannot be merged: %s", self.path, done.name, exc)
         conn.execute("RELEASE merge")
         done.small_rows = done.small_chunks = 0
@@ -444,12 +528,22 @@ class Recorder:
         conn.execute("UPDATE recordings SET ended_ns = ? WHERE id = ?", (now_ns, done.id))
         name = free_name(conn, recording.name)
         added = conn.execute(
-            "INSERT INTO recordings (name, group_name, server, tags, period_ns, started_ns, truth, keep, note) "
-            "SELECT ?, group_name, server, ?, period_ns, ?, truth, keep, ? FROM recordings WHERE id = ?",
-            (name, tags_to_json(recording.tags), now_ns,
-             f"continues {done.name}: the source clock went back", done.id))
-        log.warning("store %s: the source clock of recording %s went back; it continues as %s", self.path,
-                    done.name, name)
+            "INSERT INTO recordings "
+            "(name, group_name, server, tags, period_ns, started_ns, truth, keep, note) "
+            "SELECT ?, group_name, server, tags, period_ns, ?, truth, keep, ? FROM recordings WHERE id = ?",
+            (
+                name,
+                now_ns,
+                f"continues {done.name}: the source clock went back",
+                done.id,
+            ),
+        )
+        log.warning(
+            "store %s: the source clock of recording %s went back; it continues as %s",
+            self.path,
+            done.name,
+            name,
+        )
         done.id, done.name = int(added.lastrowid or 0), name
 
     def _apply(self, committed: list[_Committed]) -> int:
@@ -464,14 +558,17 @@ class Recorder:
                 ring, gone = recording.ring, self._retired
                 self._recordings.remove(recording)
                 self._retired = replace(
-                    gone, dropped_rows=gone.dropped_rows + ring.dropped, rejected=gone.rejected + ring.rejected,
-                    out_of_order_rows=gone.out_of_order_rows + ring.out_of_order)
+                    gone,
+                    dropped_rows=gone.dropped_rows + ring.dropped,
+                    rejected=gone.rejected + ring.rejected,
+                    out_of_order_rows=gone.out_of_order_rows + ring.out_of_order,
+                )
         return rows
 
     # ---- between transactions
 
     def _sync_if_due(self) -> None:
-        """Checkpoint: with synchronous NORMAL it is what brings commits to the disk, so it bounds the loss."""
+        """Checkpoint: with synchronous NORMAL this is what brings commits to the disk."""
         if time.monotonic() < self._next_sync:
             return
         self._next_sync = time.monotonic() + self.settings.sync_interval_s
@@ -488,7 +585,7 @@ def _increasing(rows: Rows) -> list[Rows]:
     """Cut rows where time does not increase."""
     cuts = (rows.source_ns[1:] <= rows.source_ns[:-1]).nonzero()[0] + 1
     borders = [0, *cuts.tolist(), len(rows)]
-    return [rows.take(slice(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    return [rows.take(slice(a, b)) for a, b in itertools.pairwise(borders)]
 
 
 def free_name(conn: sqlite3.Connection, name: str) -> str:

@@ -1,8 +1,9 @@
 """Keeps the store within its quota and ages: raw rows go first, then the trend gets coarser, the rest stays.
 
-Works on the writer thread between two batches, one chunk per transaction and some tens of milliseconds per turn, so
-that a large clean-up never delays a commit. Events, feedback, audit, models and runs are never touched; recordings
-marked `keep` neither. Where only those remain and the quota is still exceeded, that is reported.
+Works on the writer thread between two batches, one chunk per transaction and some tens of milliseconds per
+turn, so that a large clean-up never delays a commit. Events, feedback, audit, models and runs are never
+touched; recordings marked `keep` neither. Where only those remain and the quota is still exceeded, that is
+reported.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import sqlite_utils
 
 from .chunks import (
+    CHUNK_COLUMNS,
     DEFLATED,
     INSERT_CHUNK,
     MERGED,
@@ -46,7 +48,8 @@ _BUCKETS_PER_STEP = 2000
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What may be taken away, and when. Ages count from the SourceTimestamp of the row to now.
+    """What may be taken away, and when. Ages count from when it was recorded, on our clock, so that
+    history read today and simulated time are not old.
 
     quota_bytes : int or None; most bytes of the database file (its write-ahead log, some MB, comes on top)
     thin_after_ns : int or None; raw rows older than this that are not near an event keep every nth row
@@ -70,8 +73,10 @@ class Retention:
 
 def live_bytes(db: sqlite_utils.Database) -> int:
     """Return the bytes of the file that hold something."""
-    pages, free, size = (int(db.execute(f"PRAGMA {name}").fetchone()[0])
-                         for name in ("page_count", "freelist_count", "page_size"))
+    pages, free, size = (
+        int(db.execute(f"PRAGMA {name}").fetchone()[0])
+        for name in ("page_count", "freelist_count", "page_size")
+    )
     return (pages - free) * size
 
 
@@ -121,8 +126,11 @@ class Retainer:
             for _ in self._pass:
                 if time.monotonic() >= end:
                     return
-        except BaseException:
-            self.stop(None)
+        except BaseException as exc:
+            self._pass = None
+            for future in self._serving:
+                future.set_exception(exc)
+            self._serving = []
             raise
         self._pass = None
         for future in self._serving:
@@ -134,7 +142,9 @@ class Retainer:
         now_ns, rules = self._clock_ns(), self.retention
         yield from self._merge_leftovers(db)
         if rules.delete_after_ns is not None:
-            while self._delete_oldest(db, (SMALL, MERGED, THINNED, NEAR_EVENT), now_ns - rules.delete_after_ns):
+            while self._delete_oldest(
+                db, (SMALL, MERGED, THINNED, NEAR_EVENT), now_ns - rules.delete_after_ns
+            ):
                 yield
         if rules.thin_after_ns is not None:
             while self._thin_oldest(db, now_ns - rules.thin_after_ns):
@@ -152,8 +162,10 @@ class Retainer:
     def _merge_leftovers(self, db: sqlite_utils.Database) -> Iterator[None]:
         """Merge the small chunks of recordings that a killed process left."""
         for recording_id, tags in db.execute(
-                "SELECT id, tags FROM recordings WHERE ended_ns IS NOT NULL AND EXISTS (SELECT 1 FROM row_chunks "
-                "WHERE recording_id = recordings.id AND level = ?)", (SMALL,)).fetchall():
+            "SELECT id, tags FROM recordings WHERE ended_ns IS NOT NULL AND EXISTS (SELECT 1 FROM row_chunks "
+            "WHERE recording_id = recordings.id AND level = ?)",
+            (SMALL,),
+        ).fetchall():
             merged = 1
             while merged:
                 try:
@@ -162,21 +174,27 @@ class Retainer:
                 except (ValueError, zlib.error) as exc:
                     log.error("rows of recording %d cannot be merged: %s", recording_id, exc)
                     with immediate(db) as conn:
-                        conn.execute("UPDATE row_chunks SET level = ? WHERE recording_id = ? AND level = ?",
-                                     (MERGED, recording_id, SMALL))
+                        conn.execute(
+                            "UPDATE row_chunks SET level = ? WHERE recording_id = ? AND level = ?",
+                            (MERGED, recording_id, SMALL),
+                        )
                     merged = 0
                 yield
 
-    def _oldest(self, conn: sqlite3.Connection, level: int, before_ns: int) -> tuple[int, int, int, int, int] | None:
-        """Return (id, rows, bytes, first_ns, last_ns) of the oldest chunk of a level that retention may touch."""
-        row: tuple[int, int, int, int, int] | None = conn.execute(
-            "SELECT c.id, c.row_count, c.bytes, c.first_ns, c.last_ns FROM row_chunks c "
+    def _oldest(
+        self, conn: sqlite3.Connection, level: int, before_ns: int
+    ) -> tuple[int, int, int, int, int, int] | None:
+        """Return id, rows, bytes, first_ns, last_ns, written_ns of a level's oldest chunk."""
+        row: tuple[int, int, int, int, int, int] | None = conn.execute(
+            "SELECT c.id, c.row_count, c.bytes, c.first_ns, c.last_ns, c.written_ns FROM row_chunks c "
             "JOIN recordings r ON r.id = c.recording_id AND r.keep = 0 "
-            "WHERE c.level = ? AND c.last_ns < ? ORDER BY c.last_ns LIMIT 1", (level, before_ns)).fetchone()
+            "WHERE c.level = ? AND c.written_ns < ? ORDER BY c.written_ns, c.id LIMIT 1",
+            (level, before_ns),
+        ).fetchone()
         return row
 
     def _delete_oldest(self, db: sqlite_utils.Database, levels: tuple[int, ...], before_ns: int) -> int:
-        """Delete the oldest chunk of the first level that has one; return its bytes, 0 where there is none."""
+        """Delete the oldest chunk of the first level that has one; return its bytes, 0 = there is none."""
         with immediate(db) as conn:
             for level in levels:
                 chunk = self._oldest(conn, level, before_ns)
@@ -189,50 +207,61 @@ class Retainer:
         return chunk[2] or 1
 
     def _thin_oldest(self, db: sqlite_utils.Database, before_ns: int) -> tuple[int, int] | None:
-        """Thin the oldest chunk at full resolution; return (bytes before, bytes after), None where there is none."""
+        """Thin the oldest complete chunk; return bytes before and after, None where there is none."""
         margin, keep = self.retention.event_margin_ns, self.retention.thin_keep
         removed = 0
         with immediate(db) as conn:
             chunk = self._oldest(conn, MERGED, before_ns)
             if chunk is None:
                 return None
-            chunk_id, n, size, first_ns, last_ns = chunk
+            chunk_id, n, size, first_ns, last_ns, written_ns = chunk
             near = conn.execute(
                 "SELECT 1 FROM events WHERE raised_ns <= ? AND coalesce(cleared_ns, raised_ns) >= ? LIMIT 1",
-                (last_ns + margin, first_ns - margin)).fetchone()
+                (last_ns + margin, first_ns - margin),
+            ).fetchone()
             if near:
                 conn.execute("UPDATE row_chunks SET level = ? WHERE id = ?", (NEAR_EVENT, chunk_id))
                 return size, 0
             recording_id, tags = conn.execute(
-                "SELECT r.id, r.tags FROM recordings r JOIN row_chunks c ON c.recording_id = r.id WHERE c.id = ?",
-                (chunk_id,)).fetchone()
+                "SELECT r.id, r.tags FROM recordings r JOIN row_chunks c ON c.recording_id = r.id "
+                "WHERE c.id = ?",
+                (chunk_id,),
+            ).fetchone()
             try:
-                rows = decode(conn.execute(f"{SELECT_CHUNK} FROM row_chunks WHERE id = ?", (chunk_id,)).fetchone(),
-                              len(tags_from_json(tags)))
+                rows = decode(
+                    conn.execute(f"{SELECT_CHUNK} FROM row_chunks WHERE id = ?", (chunk_id,)).fetchone(),
+                    len(tags_from_json(tags)),
+                )
             except (ValueError, zlib.error) as exc:  # damaged: leave it to the quota, which deletes it last
-                log.error("rows of recording %d cannot be read and are left as they are: %s", recording_id, exc)
+                log.error(
+                    "rows of recording %d cannot be read and are left as they are: %s", recording_id, exc
+                )
                 conn.execute("UPDATE row_chunks SET level = ? WHERE id = ?", (NEAR_EVENT, chunk_id))
                 return size, 0
             kept = rows.take(np.flatnonzero(rows.seq % keep == 0))
             conn.execute("DELETE FROM row_chunks WHERE id = ?", (chunk_id,))
             left = 0
             if len(kept):
-                stored = encode(kept, recording_id, THINNED, DEFLATED)
+                stored = encode(kept, recording_id, written_ns, THINNED, DEFLATED)
                 conn.execute(INSERT_CHUNK, stored)
-                left = int(stored[7])
+                left = int(stored[CHUNK_COLUMNS.index("bytes")])
             removed = n - len(kept)
         self.thinned_rows += removed
         return size, left
 
     def _coarsen(self, db: sqlite_utils.Database, width_ns: int, before_ns: int) -> Iterator[None]:
         """Delete the row-by-row scores and merge the buckets older than `before_ns`, series by series."""
-        for (series,) in db.execute("SELECT id FROM trend_series ORDER BY id").fetchall():
-            for work in (lambda conn, s: delete_detail(conn, s, before_ns, _BUCKETS_PER_STEP),
-                         lambda conn, s: coarsen(conn, s, width_ns, before_ns, _BUCKETS_PER_STEP)):
+        for series, behind_ns in db.execute("SELECT id, behind_ns FROM trend_series ORDER BY id").fetchall():
+            end_ns = before_ns - behind_ns  # on the source clock
+            for fine in (True, False):
                 done = 1
                 while done:
                     with immediate(db) as conn:
-                        done = work(conn, series)
+                        done = (
+                            delete_detail(conn, series, end_ns, _BUCKETS_PER_STEP)
+                            if fine
+                            else coarsen(conn, series, width_ns, end_ns, _BUCKETS_PER_STEP)
+                        )
                     self.decimated += done
                     yield
 
@@ -246,9 +275,13 @@ class Retainer:
         used = live_bytes(db)
         unmet = used > quota
         if unmet and not self.unmet:
-            log.warning("store %s uses %d bytes, its quota is %d: what remains (events, feedback, audit, models, kept "
-                        "recordings, newest rows) is never deleted; raise the quota or archive the file", path,
-                        used, quota)
+            log.warning(
+                "store %s uses %d bytes, its quota is %d: what remains (events, feedback, audit, models, "
+                "kept recordings, newest rows) is never deleted; raise the quota or archive the file",
+                path,
+                used,
+                quota,
+            )
         elif self.unmet and not unmet:
             log.info("store %s is within its quota again", path)
         self.unmet = unmet
@@ -260,9 +293,12 @@ class Retainer:
         deleted. So recent rows stay complete while old ones are still there as an outline.
         """
         forever = 1 << 62
-        sums: dict[int, int] = dict(db.execute(
-            "SELECT c.level, sum(c.bytes) FROM row_chunks c JOIN recordings r ON r.id = c.recording_id "
-            "WHERE r.keep = 0 GROUP BY c.level").fetchall())
+        sums: dict[int, int] = dict(
+            db.execute(
+                "SELECT c.level, sum(c.bytes) FROM row_chunks c JOIN recordings r ON r.id = c.recording_id "
+                "WHERE r.keep = 0 GROUP BY c.level"
+            ).fetchall()
+        )
         full, thinned = sums.get(MERGED, 0), sums.get(THINNED, 0)
         while live_bytes(db) > target:
             if full > thinned or thinned <= 0:

@@ -1,7 +1,7 @@
 """Preallocated rings between the loop, which must not wait, and the writer thread, which may.
 
-One thread pushes, the writer alone moves `tail`, so no lock is needed: a slot is written before `head` shows it,
-and a slot is reused only after its rows are committed. A full ring drops the new item and counts it.
+One thread pushes, the writer alone moves `tail`, so no lock is needed: a slot is written before `head` shows
+it, and a slot is reused only after its rows are committed. A full ring drops the new item and counts it.
 """
 
 from __future__ import annotations
@@ -69,8 +69,15 @@ class RowRing:
     def peek(self, head: int) -> Rows:
         """Return copies of the rows from tail to `head`."""
         index = np.arange(self.tail, head) % self.capacity
-        return Rows(self._seq[index], self._source_ns[index], self._values[index], self._valid[index],
-                    self._status[index], self._gap[index], self._truth[index] if self.has_truth else None)
+        return Rows(
+            self._seq[index],
+            self._source_ns[index],
+            self._values[index],
+            self._valid[index],
+            self._status[index],
+            self._gap[index],
+            self._truth[index] if self.has_truth else None,
+        )
 
 
 class VerdictRing:
@@ -108,8 +115,13 @@ class VerdictRing:
     def peek(self, head: int) -> Scores:
         """Return copies of the verdicts from tail to `head`."""
         index = np.arange(self.tail, head) % self.capacity
-        return Scores(self._source_ns[index], self._score[index], self._status[index], self._alert[index],
-                      self._event_no[index])
+        return Scores(
+            self._source_ns[index],
+            self._score[index],
+            self._status[index],
+            self._alert[index],
+            self._event_no[index],
+        )
 
 
 class Recording:
@@ -118,7 +130,9 @@ class Recording:
     id, name : change when the source clock goes back and the store continues in a new recording
     """
 
-    def __init__(self, recording_id: int, name: str, tags: tuple[Tag, ...], period_ns: int, ring: RowRing) -> None:
+    def __init__(
+        self, recording_id: int, name: str, tags: tuple[Tag, ...], period_ns: int, ring: RowRing
+    ) -> None:
         self.id, self.name, self.tags, self.period_ns, self.ring = recording_id, name, tags, period_ns, ring
         # the writer's own, as of the last commit
         self.last_ns = -(1 << 63)

@@ -1,7 +1,8 @@
 """The tables of the store and how a file of an older version becomes one of this version.
 
 `PRAGMA user_version` is the schema version, `application_id` tells our files from other programs' databases.
-Each migration runs in one transaction with its version number, so a power failure leaves the old or the new one.
+Each migration runs in one transaction with its version number, so a power failure leaves the old or the new
+one.
 """
 
 from __future__ import annotations
@@ -21,20 +22,43 @@ from ..errors import StoreError
 APPLICATION_ID = 0x4F504344  # "OPCD"
 Synchronous = Literal["normal", "full"]
 
-# Primary result codes (sqlite.org/rescode.html) that time or a human heals; the writer keeps its batch and tries again.
-RETRYABLE = frozenset({
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOTADB,
-})
+# Primary result codes (sqlite.org/rescode.html) that time or a human heals; the writer keeps its batch and
+# tries again.
+RETRYABLE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_INTERRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_NOTADB,
+    }
+)
 DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _ADVICE = {
-    sqlite3.SQLITE_BUSY: ("is locked by another program", "close the program that writes to it (a database "
-                          "browser with an open edit, a backup tool), then try again"),
-    sqlite3.SQLITE_LOCKED: ("is locked by another program", "close the program that writes to it, then try again"),
+    sqlite3.SQLITE_BUSY: (
+        "is locked by another program",
+        "close the program that writes to it (a database "
+        "browser with an open edit, a backup tool), then try again",
+    ),
+    sqlite3.SQLITE_LOCKED: (
+        "is locked by another program",
+        "close the program that writes to it, then try again",
+    ),
     sqlite3.SQLITE_FULL: ("has no room left: the disk is full", "free disk space or lower the store's quota"),
-    sqlite3.SQLITE_READONLY: ("cannot be written", "give this user write permission on the file and its folder"),
-    sqlite3.SQLITE_CANTOPEN: ("cannot be opened", "check that the folder exists and this user may write to it"),
+    sqlite3.SQLITE_READONLY: (
+        "cannot be written",
+        "give this user write permission on the file and its folder",
+    ),
+    sqlite3.SQLITE_CANTOPEN: (
+        "cannot be opened",
+        "check that the folder exists and this user may write to it",
+    ),
     sqlite3.SQLITE_IOERR: ("cannot be read or written", "check the disk; the system log names the fault"),
 }
 
@@ -49,18 +73,19 @@ class Migration:
 
 
 _V1 = (
-    """CREATE TABLE migrations (version INTEGER PRIMARY KEY, name TEXT NOT NULL, applied_ns INTEGER NOT NULL)""",
+    "CREATE TABLE migrations (version INTEGER PRIMARY KEY, name TEXT NOT NULL, applied_ns INTEGER)",
     """CREATE TABLE recordings (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, group_name TEXT NOT NULL,
         server TEXT NOT NULL, tags TEXT NOT NULL, period_ns INTEGER NOT NULL, started_ns INTEGER NOT NULL,
         ended_ns INTEGER, truth INTEGER NOT NULL, keep INTEGER NOT NULL, note TEXT NOT NULL)""",
     """CREATE TABLE row_chunks (
         id INTEGER PRIMARY KEY, recording_id INTEGER NOT NULL REFERENCES recordings(id) ON DELETE CASCADE,
-        first_seq INTEGER NOT NULL, row_count INTEGER NOT NULL, first_ns INTEGER NOT NULL, last_ns INTEGER NOT NULL,
-        level INTEGER NOT NULL, codec INTEGER NOT NULL, bytes INTEGER NOT NULL, source_ns BLOB NOT NULL,
+        first_seq INTEGER NOT NULL, row_count INTEGER NOT NULL, first_ns INTEGER NOT NULL, last_ns INTEGER
+        NOT NULL, written_ns INTEGER NOT NULL, level INTEGER NOT NULL, codec INTEGER NOT NULL, bytes INTEGER
+        NOT NULL, source_ns BLOB NOT NULL,
         value_blob BLOB NOT NULL, seq BLOB, valid BLOB, status BLOB, gap BLOB, truth BLOB)""",
     "CREATE UNIQUE INDEX row_chunks_by_seq ON row_chunks (recording_id, first_seq)",
-    "CREATE INDEX row_chunks_by_age ON row_chunks (level, last_ns)",
+    "CREATE INDEX row_chunks_by_age ON row_chunks (level, written_ns)",
     """CREATE TABLE models (
         model_id TEXT NOT NULL, monitor TEXT NOT NULL, path TEXT NOT NULL, sha256 TEXT NOT NULL,
         created_ns INTEGER NOT NULL, header TEXT NOT NULL, PRIMARY KEY (model_id, monitor))""",
@@ -74,10 +99,12 @@ _V1 = (
         UNIQUE (run_id, monitor, event_no))""",
     "CREATE INDEX events_by_time ON events (raised_ns)",
     """CREATE TABLE trend_series (
-        id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL, monitor TEXT NOT NULL, UNIQUE (run_id, monitor))""",
+        id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL, monitor TEXT NOT NULL, behind_ns INTEGER NOT NULL,
+        UNIQUE (run_id, monitor))""",
     """CREATE TABLE trend (
         series_id INTEGER NOT NULL, bucket_ns INTEGER NOT NULL, width_ns INTEGER NOT NULL, score_min REAL,
-        score_max REAL, score_last REAL, status INTEGER NOT NULL, alert INTEGER NOT NULL, row_count INTEGER NOT NULL,
+        score_max REAL, score_last REAL, status INTEGER NOT NULL, alert INTEGER NOT NULL, row_count INTEGER
+        NOT NULL,
         PRIMARY KEY (series_id, bucket_ns)) WITHOUT ROWID""",
     """CREATE TABLE trend_detail (
         series_id INTEGER NOT NULL, source_ns INTEGER NOT NULL, score REAL, status INTEGER NOT NULL,
@@ -89,10 +116,15 @@ _V1 = (
     """CREATE TABLE audit (
         id INTEGER PRIMARY KEY AUTOINCREMENT, at_ns INTEGER NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
         detail TEXT NOT NULL)""",
-    *(f"CREATE TRIGGER {table}_kept BEFORE {verb} ON {table} "
-      f"BEGIN SELECT RAISE(ABORT, '{table}: entries are never {done}'); END"
-      for table, verb, done in (("events", "DELETE", "deleted"), ("feedback", "DELETE", "deleted"),
-                                ("audit", "DELETE", "deleted"))),
+    *(
+        f"CREATE TRIGGER {table}_kept BEFORE {verb} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, '{table}: entries are never {done}'); END"
+        for table, verb, done in (
+            ("events", "DELETE", "deleted"),
+            ("feedback", "DELETE", "deleted"),
+            ("audit", "DELETE", "deleted"),
+        )
+    ),
     "CREATE TRIGGER audit_unchanged BEFORE UPDATE ON audit "
     "BEGIN SELECT RAISE(ABORT, 'audit: entries are never changed'); END",
 )
@@ -115,23 +147,33 @@ def store_error(exc: sqlite3.Error, path: Path) -> StoreError:
     """Return the error of the product for an error of SQLite."""
     code = code_of(exc)
     if code in DAMAGED:
-        return corrupt_error(path, str(exc))
-    what, next_step = _ADVICE.get(code, ("failed", "see the text of the error; if it stays, set the file aside"))
+        return damaged(path, str(exc))
+    what, next_step = _ADVICE.get(
+        code, ("failed", "see the text of the error; if it stays, set the file aside")
+    )
     return StoreError(f"the store {what} ({exc})", where=str(path), next_step=next_step)
 
 
-def corrupt_error(path: Path, finding: str) -> StoreError:
-    """Return the error for a damaged file; the file itself is left as it is."""
-    return StoreError(
-        f"the store is damaged or is not a SQLite file ({finding})", where=str(path),
-        next_step="nothing was changed; restore a backup to this path, or set the file aside (Store.set_aside "
-                  "renames it and its -wal file) and start with an empty store")
+class DamagedStore(StoreError):
+    """The file is damaged or no SQLite file; it is left as it is."""
+
+
+def damaged(path: Path, finding: str) -> DamagedStore:
+    """Return the error for a damaged file."""
+    return DamagedStore(
+        f"the store is damaged or is not a SQLite file ({finding})",
+        where=str(path),
+        next_step="nothing was changed; restore a backup to this path, or set the file aside "
+        "(Store.set_aside renames it and its -wal file) and start with an empty store",
+    )
 
 
 def connect(path: Path, *, create: bool, busy_timeout_s: float) -> sqlite_utils.Database:
-    """Return a connection in autocommit mode (transactions are begun by hand); sqlite3.Error where it fails."""
+    """Return a connection in autocommit mode (transactions are begun by hand)."""
     uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
-    conn = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=busy_timeout_s)
+    conn = sqlite3.connect(
+        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=busy_timeout_s
+    )
     try:
         conn.execute("PRAGMA foreign_keys = ON")
         conn.execute("PRAGMA secure_delete = OFF")  # some builds zero every freed page, which doubles deletes
@@ -151,7 +193,7 @@ def configure_writer(db: sqlite_utils.Database, synchronous: Synchronous) -> Non
 
 @contextmanager
 def immediate(db: sqlite_utils.Database) -> Iterator[sqlite3.Connection]:
-    """One write transaction; SQLite may have rolled it back by itself (disk full), which is no second error."""
+    """One write transaction; SQLite may have rolled it back by itself, which is no second error."""
     db.conn.execute("BEGIN IMMEDIATE")
     try:
         yield db.conn
@@ -179,12 +221,18 @@ def check_file(db: sqlite_utils.Database, path: Path, newest: int) -> int:
     application = int(db.execute("PRAGMA application_id").fetchone()[0])
     has_tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
     if has_tables and application != APPLICATION_ID:
-        raise StoreError("this is a database of another program", where=str(path),
-                         next_step="choose another store path; the file was not changed")
+        raise StoreError(
+            "this is a database of another program",
+            where=str(path),
+            next_step="choose another store path; the file was not changed",
+        )
     if version > newest:
-        raise StoreError(f"the store has schema version {version}, this program knows up to {newest}",
-                         where=str(path), next_step="start the newer program that wrote it, or choose another "
-                                                    "store path; the file was not changed")
+        raise StoreError(
+            f"the store has schema version {version}, this program knows up to {newest}",
+            where=str(path),
+            next_step="start the newer program that wrote it, or choose another "
+            "store path; the file was not changed",
+        )
     return version
 
 
@@ -192,10 +240,12 @@ def quick_check(db: sqlite_utils.Database, path: Path, full: bool = False) -> No
     """Read the file's structure; StoreError with SQLite's first finding where it is damaged."""
     finding = db.execute(f"PRAGMA {'integrity_check' if full else 'quick_check'}(1)").fetchone()[0]
     if finding != "ok":
-        raise corrupt_error(path, finding)
+        raise damaged(path, finding)
 
 
-def migrate(db: sqlite_utils.Database, path: Path, migrations: Sequence[Migration] = MIGRATIONS) -> tuple[int, int]:
+def migrate(
+    db: sqlite_utils.Database, path: Path, migrations: Sequence[Migration] = MIGRATIONS
+) -> tuple[int, int]:
     """Bring the file to the newest version, one transaction per step; return (version before, version now).
 
     Raises
@@ -214,14 +264,19 @@ def migrate(db: sqlite_utils.Database, path: Path, migrations: Sequence[Migratio
                 if step.version <= schema_version(db):
                     continue
                 step.apply(db)
-                db.execute("INSERT INTO migrations (version, name, applied_ns) VALUES (?, ?, ?)",
-                           (step.version, step.name, time.time_ns()))
+                db.execute(
+                    "INSERT INTO migrations (version, name, applied_ns) VALUES (?, ?, ?)",
+                    (step.version, step.name, time.time_ns()),
+                )
                 db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version = {step.version}")
         except sqlite3.Error as exc:
             if code_of(exc) in RETRYABLE:
                 raise
-            raise StoreError(f"migration to schema version {step.version} ({step.name}) failed: {exc}",
-                             where=str(path), next_step="the file is unchanged; start the older program, or set "
-                                                        "the file aside and report this text") from exc
+            raise StoreError(
+                f"migration to schema version {step.version} ({step.name}) failed: {exc}",
+                where=str(path),
+                next_step="the file is unchanged; start the older program, or set "
+                "the file aside and report this text",
+            ) from exc
     return before, schema_version(db)

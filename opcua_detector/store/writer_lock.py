@@ -1,7 +1,7 @@
 """One process writes a store: an operating system lock on a side file, released by the system when it dies.
 
-SQLite's own locks are held per transaction, so two writers would take turns and mix their rows; and a lock on the
-database file itself would keep readers out on Windows.
+SQLite's own locks are held per transaction, so two writers would take turns and mix their rows; and a lock
+on the database file itself would keep readers out on Windows.
 """
 
 from __future__ import annotations
@@ -49,17 +49,22 @@ class WriterLock:
         try:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as exc:
-            raise StoreError(f"the lock file {self.path} cannot be opened: {exc.strerror}", where=str(database),
-                             next_step="give this user write permission on the folder, or choose another "
-                                       "store path") from exc
+            raise StoreError(
+                f"the lock file {self.path} cannot be opened: {exc.strerror}",
+                where=str(database),
+                next_step="give this user write permission on the folder, or choose another store path",
+            ) from exc
         try:
             _lock(self._handle)
         except OSError as exc:
             holder = self._holder()
             os.close(self._handle)
-            raise StoreError(f"another process writes to this store{holder}", where=str(database),
-                             next_step="stop that process, or choose another store path; "
-                                       "reading (readonly) works beside it") from exc
+            raise StoreError(
+                f"another process writes to this store{holder}",
+                where=str(database),
+                next_step="stop that process, or choose another store path; "
+                "reading (readonly) works beside it",
+            ) from exc
         os.ftruncate(self._handle, 0)
         os.lseek(self._handle, 0, os.SEEK_SET)
         os.write(self._handle, f"{os.getpid()}\n".encode())

@@ -178,6 +178,7 @@ def test_the_papers_aggregation_leaves_out_a_residual_that_is_zero_on_healthy_ro
 # -- quantiser ----------------------------------------------------------------------------------------------
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.lists(st.floats(-3, 3).map(lambda x: round(x, 1)), min_size=1, max_size=12), st.floats(-4, 4))
 def test_level_is_the_number_of_thresholds_below(edges, x):
     edges = np.sort(np.array(edges))
@@ -211,13 +212,12 @@ def run_reduce(unit, eta, most, farthest, absolute):
     return kept[:n].tolist(), best
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(2, 5), st.sampled_from([0.3, 0.9, 0.99]),
        st.sampled_from([0, 1, 3, 10]), st.booleans(), st.booleans())
 def test_reduced_vectors_equal_the_twin_and_cover_all(seed, n, n_e, eta, most, farthest, absolute):
     rng = np.random.default_rng(seed)
-    w = rng.standard_normal((n, n_e)).round(1)
-    w += np.arange(n_e) * 1e-3  # not constant
+    w = rng.standard_normal((n, n_e))[rng.integers(0, n, n)]  # some rows twice: ties
     unit = np.array([oracle.centre(row)[0] / oracle.centre(row)[1] for row in w], np.float32)
     kept, best = run_reduce(unit, eta, most, farthest, absolute)
     expected, expected_best = oracle.reduce_vectors(unit, eta, most, farthest, absolute)
@@ -261,7 +261,7 @@ def situations(draw):
     return record(160, 1.0), record(80, draw(st.sampled_from([1.0, 1.5]))), params
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(situations())
 def test_stream_equals_batch_equals_oracle_over_gaps_masks_and_several_intervals(situation):
     healthy, live, params = situation
@@ -279,7 +279,7 @@ def test_stream_equals_batch_equals_oracle_over_gaps_masks_and_several_intervals
     assert_allclose(batch, expected, rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(situations())
 def test_what_is_learnt_equals_the_twin(situation):
     healthy, _, params = situation
@@ -290,21 +290,34 @@ def test_what_is_learnt_equals_the_twin(situation):
     a, first = model.arrays, 0
     z = np.where(healthy.valid != 0, (healthy.values - a["mean"]) * a["inverse"], 0.0)
     for i, own in enumerate(np.flatnonzero(a["judged"])):
-        learnt = oracle.learn_sensor(healthy, i, own, z, a["edges"][i], a["partners"][i], params)
+        learnt = oracle.learn_sensor(healthy, own, z, a["edges"][i], a["partners"][i], params)
         assert np.flatnonzero(a["table"][i] >= 0).tolist() == [one[0] for one in learnt]
-        for code, instants, lo, hi, kept, cover in learnt:
+        for code, instants, lo, hi, unit in learnt:
             row = a["table"][i, code]
             assert row == first and a["instants"][row] == instants
             assert_array_equal(a["lo"][row], lo)
             assert_array_equal(a["hi"][row], hi)
             vectors = a["vectors"][a["pointers"][row] : a["pointers"][row + 1]]
-            assert len(vectors) == len(kept)
-            if kept:
-                assert_allclose(vectors, np.array(kept), atol=1e-6)
-            if not params.faithful:
-                assert_allclose(a["cover"][row], cover, atol=1e-6)
+            assert_reduced(vectors, np.array(unit), a["cover"][row], params)
             first += 1
     assert first == len(a["lo"])
+
+
+def assert_reduced(vectors, unit, cover, params):
+    """The kept vectors are some of `unit`, pairwise less than eta correlated, and cover all others."""
+    assert bool(len(vectors)) == bool(len(unit))
+    if not len(unit):
+        return
+    sign = np.abs if params.faithful else np.asarray
+    correlation = sign(vectors.astype(float) @ unit.T.astype(float))
+    assert correlation.max(axis=1).min() > 1 - 1e-6
+    assert np.max(sign(vectors @ vectors.T) - 2 * np.eye(len(vectors))) < params.eta + 1e-6
+    if params.faithful or len(vectors) < (params.max_vectors or 10**9):
+        assert correlation.max(axis=0).min() >= params.eta - 1e-6
+    else:
+        assert len(vectors) == params.max_vectors
+    if not params.faithful:
+        assert_allclose(cover, 1 - min(1.0, correlation.max(axis=0).min()), atol=1e-6)
 
 
 def test_no_transition_is_learnt_across_a_gap():
@@ -375,6 +388,23 @@ def test_bound_and_conf_are_silent_where_fewer_than_half_of_the_components_are_l
     assert np.isnan(residuals[at, [2, 4]]).all()
     assert np.isfinite(residuals[at + 4, [2, 4]]).all()  # t = 50: five are masked, six are left
     assert np.isfinite(residuals[at, [1, 3, 5]]).all()
+
+
+def test_the_count_of_bad_values_in_the_memory_is_exact_so_that_clean_rows_take_the_short_way():
+    record = record_of(waves(200, 3))
+    method = opened(record, step=4)
+    rng = np.random.default_rng(0)
+    valid = (rng.random((200, 3)) > 0.2).astype(np.uint8)
+    valid[150:] = 1
+    since = 0
+    for k in range(200):
+        if k in (40, 43, 100):
+            method.reset()
+            since = k
+        method.update(record.values[k], valid[k])
+        window = valid[max(since, k + 1 - method.memory) : k + 1]
+        assert method._memory[2] == (window == 0).sum()
+    assert method._memory[2] == 0
 
 
 def test_nan_and_infinity_that_claim_to_be_valid_are_treated_as_masked():

@@ -18,7 +18,10 @@ SAMPLES = sorted(CONFIGS.glob("sim-*.yaml"))
 
 def test_script_becomes_rows_and_ground_truth(tmp_path: Path) -> None:
     file = tmp_path / "faults.yaml"
-    file.write_text("- {parameter: sigma, factor: 0.5, from: 1, to: 2.005}\n- {parameter: rho, factor: 0.9, from: 2, to: 3}\n")
+    file.write_text(
+        "- {parameter: sigma, factor: 0.5, from: 1, to: 2.005}\n"
+        "- {parameter: rho, factor: 0.9, from: 2, to: 3}\n"
+    )
     script = load_script(file, model("lorenz"))
     assert script.faults(400) == [Fault("sigma", 0.5, 100, 201), Fault("rho", 0.9, 200, 300)]
     block = make("lorenz").simulate_block(400, script.faults(400))
@@ -62,7 +65,7 @@ def test_script_played_live_equals_the_batch_and_the_chunks() -> None:
         ("- {parameter: sigma, factor: 0.9, from: 1, to: 2, colour: red}", "0.colour", "no such key"),
         ("- {parameter: sigma, factor: 0.9, from: -1, to: 2}", "0.from", "greater than or equal to 0"),
         (
-            "- {parameter: rho, factor: 0.9, from: 1, to: 3}\n- {parameter: rho, factor: 0.8, from: 2, to: 4}",
+            "- {parameter: rho, factor: 1, from: 1, to: 3}\n- {parameter: rho, factor: 1, from: 2, to: 4}",
             "rho.from",
             "3.0 s",
         ),
@@ -115,9 +118,10 @@ def test_wrong_settings_name_the_key(content: object, key: str) -> None:
 
 
 def test_an_error_about_a_user_does_not_repeat_the_password() -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_config({"users": [{"name": "", "password": "tops3cret"}]}, "plant.yaml")
-    assert "tops3cret" not in str(caught.value)
+    for wrong in ({"name": ""}, {}, {"name": 3}, {"name": "me", "colour": "red"}):
+        with pytest.raises(ConfigError) as caught:
+            parse_config({"users": [{**wrong, "password": "tops3cret"}]}, "plant.yaml")
+        assert "tops3cret" not in str(caught.value)
     assert "tops3cret" not in repr(parse_config({"users": [{"name": "me", "password": "tops3cret"}]}))
 
 
@@ -155,3 +159,13 @@ def test_paths_in_a_file_count_from_its_folder(tmp_path: Path) -> None:
     config = load_config(file)
     assert config.pki_dir == tmp_path / "keys"
     assert config.nodesets == (tmp_path / "more/results.xml",)
+
+
+def test_what_overrides_a_file_is_there_before_the_check(tmp_path: Path) -> None:
+    file = tmp_path / "plant.yaml"
+    file.write_text("faults: [{parameter: Kb, factor: 1.3, from: 1, to: 2}]\npki_dir: keys\n")
+    config = load_config(file, {"process": "throttle", "pki_dir": "here"})
+    assert config.process == "throttle"
+    assert config.pki_dir == Path("here")
+    with pytest.raises(ConfigError, match=r"faults\.0\.parameter"):
+        load_config(file)

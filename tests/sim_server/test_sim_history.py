@@ -80,7 +80,9 @@ async def test_time_domain_and_order_follow_part_11(
     start: int | None, end: int | None, wanted: int, bounds: bool, expected: list[int]
 ) -> None:
     for page_rows in (1, 3, 4, 100):
-        values, sizes = await ask(filled(list(range(11))), start, end, wanted, bounds=bounds, page_rows=page_rows)
+        values, sizes = await ask(
+            filled(list(range(11))), start, end, wanted, bounds=bounds, page_rows=page_rows
+        )
         assert values == expected
         assert max(sizes) <= page_rows
 

@@ -149,7 +149,9 @@ def test_csv_does_not_start_a_server() -> None:
         "code = main(['csv', '--rows', '3', '--out', '-'])\n"
         "print(json.dumps({'code': code}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == 5
     assert json.loads(lines[-1]) == {"code": 0}

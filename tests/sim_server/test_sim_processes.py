@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import os
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_lorenz_predicts_every_published_row_from_the_row_before() -> None:
     assert published.shape == (20_001, 3)
     worst = 0.0
     row, no_setpoint, parameters = np.empty((1, 2)), np.zeros(1), nominal("lorenz")
-    for before, after in zip(published[:-1], published[1:], strict=True):
+    for before, after in itertools.pairwise(published):
         state = before.copy()
         lorenz_rows(state, parameters, no_setpoint, row)
         assert (row[0] == before[[0, 2]]).all()
@@ -48,7 +49,9 @@ def test_throttle_starts_as_published() -> None:
     theta, speed, current = plant.state
     row = plant.step()
     assert row[0] == theta
-    assert (theta, speed, current, row[1]) == pytest.approx((0.019925, 0.709796, 9.397869, -18.156752), rel=5e-4)
+    assert (theta, speed, current, row[1]) == pytest.approx(
+        (0.019925, 0.709796, 9.397869, -18.156752), rel=5e-4
+    )
 
 
 def throttle_slopes(state: np.ndarray, r: float, p: dict[str, float]) -> tuple[np.ndarray, float]:
@@ -90,10 +93,19 @@ def test_throttle_kernel_is_rk4_of_the_equations(fault: str | None) -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.02])
 def test_batch_and_step_give_identical_bits(name: str, noise: float) -> None:
     first, second = model(name).parameters[:2]
-    faults = [Fault(first.name, 1.2, 150, 420), Fault(second.name, 0.9, 300, 900), Fault(first.name, 1.1, 420, 500)]
+    faults = [
+        Fault(first.name, 1.2, 150, 420),
+        Fault(second.name, 0.9, 300, 900),
+        Fault(first.name, 1.1, 420, 500),
+    ]
     whole, single, chunked = (make(name, seed=7, noise=noise) for _ in range(3))
     block = whole.simulate_block(800, faults)
-    changes = {150: (first.name, 1.2), 300: (second.name, 0.9), 420: (first.name, 1.1), 500: (first.name, 1.0)}
+    changes = {
+        150: (first.name, 1.2),
+        300: (second.name, 0.9),
+        420: (first.name, 1.1),
+        500: (first.name, 1.0),
+    }
     rows, setpoints, labels = [], [], []
     for k in range(800):
         if k in changes:
@@ -124,6 +136,13 @@ def test_a_fault_keeps_the_state_and_healing_restores_the_nominal_law(name: str)
     assert (healthy.state == faulty.state).all()
     assert (healthy.simulate(1) == faulty.simulate(1)).any()
     assert not (healthy.simulate(50) == faulty.simulate(50)).all()
+    place = [p.name for p in model(name).parameters].index(one)
+    faulty.set_factor(one, 1.1)
+    assert faulty._effective[place] == nominal(name)[place] * 1.1, "factors replace each other"
+    faulty.set_factor(one, 1.0)
+    assert not faulty.faulty
+    assert (faulty._effective == nominal(name)).all()
+    faulty.set_factor(one, 1.2)
     faulty.clear_factors()
     assert not faulty.faulty
     assert (faulty._effective == nominal(name)).all()
@@ -199,7 +218,7 @@ def test_schedule_has_the_published_blocks(name: str) -> None:
         start = run.measured[of][0]
         # a small random state, at rest for the throttle
         assert abs(start[0]) <= 0.2
-    starts = run.measured[:: 2001, 0]
+    starts = run.measured[::2001, 0]
     assert np.unique(starts).size == (6 if name == "lorenz" else 1)
     again = run_schedule(name, seed=9, block_rows=2001)
     assert (run.measured == again.measured).all()

@@ -35,7 +35,9 @@ def values(n: int, seed: int = 0) -> np.ndarray:
 
 def of_tag(samples: Samples, tag: int) -> Samples:
     at = samples.tag == tag
-    return Samples(*(getattr(samples, name)[at] for name in ("tag", "source_ns", "value", "status", "arrival_ns")))
+    return Samples(
+        *(getattr(samples, name)[at] for name in ("tag", "source_ns", "value", "status", "arrival_ns"))
+    )
 
 
 def stamps(n: int) -> np.ndarray:
@@ -55,7 +57,9 @@ def by_step(made: Reporter, first_row: int, rows: np.ndarray) -> list[tuple]:
     found = []
     for k, row in enumerate(rows):
         for one in made.report(first_row + k, START_NS + k * PERIOD_NS, row):
-            found.append((one.tag, NO_STAMP if one.source_ns is None else one.source_ns, *one[1:3], one.arrival_ns))
+            found.append(
+                (one.tag, NO_STAMP if one.source_ns is None else one.source_ns, *one[1:3], one.arrival_ns)
+            )
     return found
 
 
@@ -122,6 +126,14 @@ def test_on_change_reports_each_new_value_once() -> None:
     assert ((samples.source_ns - START_NS) // PERIOD_NS).tolist() == [0, 3, 5, 7]
 
 
+def test_on_change_knows_what_was_reported_before_it_was_set() -> None:
+    made, rows = reporter(), values(3)
+    rows[:, X1] = [1, 2, 2]
+    made.report_block(0, START_NS, rows)
+    made.set_quirk("x1", "on_change", 1, start_row=3)
+    assert len(of_tag(made.report_block(3, START_NS + 3 * PERIOD_NS, rows[1:]), X1)) == 0
+
+
 def test_rate_reports_at_its_own_interval() -> None:
     samples = x1(1000, ("x1", "rate_ms", 100.0))
     assert len(samples) == 100
@@ -135,7 +147,9 @@ def test_null_source_has_no_stamp_but_arrives() -> None:
     assert reporter(("x1", "null_source", 1)).report(0, START_NS, values(1)[0])[X1].source_ns is None
 
 
-@pytest.mark.parametrize(("quirk", "status"), [("bad", BAD), ("uncertain", UNCERTAIN), ("overflow", OVERFLOW_BITS)])
+@pytest.mark.parametrize(
+    ("quirk", "status"), [("bad", BAD), ("uncertain", UNCERTAIN), ("overflow", OVERFLOW_BITS)]
+)
 def test_status_quirks_hit_as_often_as_stated(quirk: str, status: int) -> None:
     samples = x1(10_000, ("x1", quirk, 0.1))
     hits = samples.status == status

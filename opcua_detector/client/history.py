@@ -1,0 +1,213 @@
+"""Reads the historian: raw values of several tags, page by page, as rows by the rule of time.
+
+Source: OPC UA Part 11, 6.5.3 (ReadRawModified). A page ends with a continuation point; a server that fills the page
+and gives none is asked again from the last stamp.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from asyncua import ua
+
+from ..api import Record, Tag
+from ..errors import NodeProblem, RecordError
+from ..frames import iso_utc, rows_from_samples
+from . import wire
+from .nodes import NodeRef, resolve
+from .session import Session
+
+Progress = Callable[[int, int], None]
+PAGE_VALUES = 40_000  # values in one response over all its nodes
+_PATIENCE = 10  # a page may take this many time-outs: historians read from disk
+_STEPS = {
+    "BadHistoryOperationUnsupported": "the server keeps no history of this tag: collect rows with 'opcua-detector record'",
+    "BadHistoryOperationInvalid": "the server does not take this kind of history read: use 'opcua-detector record'",
+    "BadServiceUnsupported": "the server has no history at all: collect rows with 'opcua-detector record'",
+    "BadUserAccessDenied": "give the user the right to read history",
+    "BadNotReadable": "give the user the right to read history",
+    "BadNodeIdUnknown": "copy the NodeId from 'opcua-detector browse'",
+}
+
+
+class _Cursor:
+    """Where the reading of one tag stands."""
+
+    def __init__(self, ref: NodeRef, start_ns: int) -> None:
+        self.ref = ref
+        self.start_ns = start_ns
+        self.point: bytes | None = None
+        self.done = False
+        self.after_ns: int | None = None  # when asked again by time: what lies at or before this was read
+        self.parts: list[wire.Samples] = []
+        self.reached_ns = start_ns
+
+
+async def read_history(
+    session: Session, tags: Sequence[Tag], start_ns: int, end_ns: int, period_ns: int, *,
+    lateness_ns: int | None = None, max_hold: int = 20, progress: Progress | None = None,
+    counts: dict[str, int] | None = None,
+) -> Record:
+    """Return the rows of these tags in [start_ns, end_ns) from the server's history.
+
+    progress : called with (rows done, rows expected) after each page
+    counts : filled with the counters of the rule of time when given
+
+    Raises NodeProblem where a tag is not found or has no history, RecordError where there is nothing in the range.
+    """
+    rows = max(1, (end_ns - start_ns) // period_ns)
+    samples = await read_samples(session, [tag.node for tag in tags], start_ns, end_ns, None if progress is None else (
+        lambda reached_ns: progress(int(min(rows, max(0, reached_ns - start_ns) // period_ns)), int(rows))))
+    empty = [tag.name for tag, one in zip(tags, samples, strict=True) if len(one.source_ns) == 0]
+    if empty:
+        raise RecordError(f"no history of {', '.join(empty)} from {iso_utc(start_ns)} to {iso_utc(end_ns)}",
+                          where=session.where, next_step="choose a time range that the historian has")
+    index = np.repeat(np.arange(len(tags), dtype=np.int32), [len(one.source_ns) for one in samples])
+    stamps = np.concatenate([one.source_ns for one in samples])
+    server = np.concatenate([one.server_ns for one in samples])
+    value = np.concatenate([one.value for one in samples])
+    status = np.concatenate([one.status for one in samples])
+    null = stamps == wire.NO_STAMP
+    stamps = np.where(null, server, stamps)
+    known = stamps != wire.NO_STAMP
+    found: dict[str, int] = {}
+    record = rows_from_samples(tags, period_ns, index[known], stamps[known], value[known], status[known],
+                               lateness_ns=lateness_ns, max_hold=max_hold, counts=found)
+    found["null_timestamp"] += int(null.sum())
+    found["lost"] += int((~known).sum())
+    if counts is not None:
+        counts.update(found)
+    if progress is not None:
+        progress(int(rows), int(rows))
+    return record
+
+
+async def read_samples(
+    session: Session, nodes: Sequence[str], start_ns: int, end_ns: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[wire.Samples]:
+    """Return the raw samples of each node in [start_ns, end_ns); `progress` gets the time reached by all of them."""
+    found = await resolve(session, nodes)
+    cursors = []
+    for text in nodes:
+        ref = found[text]
+        if isinstance(ref, NodeProblem):
+            raise ref
+        cursors.append(_Cursor(ref, start_ns))
+    size = session.limit("history")
+    try:
+        for first in range(0, len(cursors), size):
+            group = cursors[first:first + size]
+            while open_ones := [one for one in group if not one.done]:
+                await _read_page(session, open_ones, end_ns)
+                if progress is not None:
+                    progress(min(end_ns if one.done else one.reached_ns for one in cursors))
+    finally:
+        await _release(session, cursors)
+    return [_joined(one) for one in cursors]
+
+
+async def oldest_ns(session: Session, node: str) -> int | None:
+    """Return the stamp of the oldest value in the history of a node; None where there is none."""
+    ref = (await resolve(session, [node]))[node]
+    if isinstance(ref, NodeProblem):
+        raise ref
+    cursor = _Cursor(ref, 0)
+    await _ask(session, [cursor], 2 * 10**18, 1)
+    await _release(session, [cursor])
+    stamps = _joined(cursor).source_ns
+    return int(stamps[0]) if len(stamps) else None
+
+
+async def _read_page(session: Session, cursors: Sequence[_Cursor], end_ns: int) -> None:
+    fresh = [one for one in cursors if one.point is None]
+    # One request has one time range: those that go on by time may differ in where they begin.
+    begin = min((one.start_ns for one in fresh), default=0)
+    group = [one for one in cursors if one.point is not None or one.start_ns == begin]
+    await _ask(session, group, end_ns, max(1000, PAGE_VALUES // len(group)))
+
+
+async def _ask(session: Session, group: Sequence[_Cursor], end_ns: int, page: int) -> None:
+    """Read one page of each cursor in one request."""
+    details = ua.ReadRawModifiedDetails()
+    details.IsReadModified = False
+    details.StartTime = wire.to_datetime(min(one.start_ns for one in group))
+    details.EndTime = wire.to_datetime(end_ns)
+    details.NumValuesPerNode = page
+    details.ReturnBounds = False
+    request = ua.HistoryReadRequest()
+    parameters = request.Parameters
+    parameters.HistoryReadDetails = details
+    parameters.TimestampsToReturn = ua.TimestampsToReturn.Both
+    parameters.ReleaseContinuationPoints = False
+    for one in group:
+        item = ua.HistoryReadValueId()
+        item.NodeId = one.ref.id
+        item.ContinuationPoint = one.point
+        parameters.NodesToRead.append(item)
+    timeout_s = session.timeout_s * _PATIENCE
+    try:
+        body = await asyncio.wait_for(wire.send(session.client, request, timeout_s), timeout_s)
+        pages = wire.decode_history(body)
+    except Exception as error:
+        problem = session.problem(error, "read the history")
+        step = _STEPS.get(type(error).__name__)
+        raise (NodeProblem(problem.what, where=session.where, next_step=step) if step else problem) from error
+    for one, got in zip(group, pages, strict=True):
+        _accept(one, got, page, end_ns)
+
+
+def _accept(cursor: _Cursor, got: wire.HistoryPage, page: int, end_ns: int) -> None:
+    if got.status & 0x80000000:
+        cursor.point = None
+        name = ua.StatusCode(got.status).name
+        if name == "BadNoData":
+            cursor.done = True
+            return
+        raise NodeProblem(f"its history cannot be read ({name})", where=cursor.ref.text,
+                          next_step=_STEPS.get(name, "see the server's log"))
+    samples, count = got.samples, len(got.samples.source_ns)
+    stamps = np.where(samples.source_ns == wire.NO_STAMP, samples.server_ns, samples.source_ns)
+    if cursor.after_ns is not None and cursor.point is None:
+        samples = _where(samples, stamps > cursor.after_ns)
+    if count:
+        cursor.parts.append(samples)
+        cursor.reached_ns = max(cursor.reached_ns, int(stamps.max()))
+    cursor.point = got.continuation
+    if cursor.point is None:
+        cursor.done = count < page or cursor.reached_ns >= end_ns or cursor.reached_ns == cursor.after_ns
+        cursor.start_ns = cursor.reached_ns
+        cursor.after_ns = cursor.reached_ns
+
+
+async def _release(session: Session, cursors: Sequence[_Cursor]) -> None:
+    """Tell the server to forget continuation points that are not used to the end."""
+    held = [one for one in cursors if one.point is not None]
+    if not held:
+        return
+    request = ua.HistoryReadRequest()
+    request.Parameters.HistoryReadDetails = ua.ReadRawModifiedDetails()
+    request.Parameters.TimestampsToReturn = ua.TimestampsToReturn.Both
+    request.Parameters.ReleaseContinuationPoints = True
+    for one in held:
+        item = ua.HistoryReadValueId()
+        item.NodeId, item.ContinuationPoint = one.ref.id, one.point
+        request.Parameters.NodesToRead.append(item)
+        one.point = None
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(wire.send(session.client, request, session.timeout_s), session.timeout_s)
+
+
+def _where(samples: wire.Samples, keep: Any) -> wire.Samples:
+    return wire.Samples(samples.handle[keep], samples.source_ns[keep], samples.server_ns[keep], samples.value[keep],
+                        samples.status[keep])
+
+
+def _joined(cursor: _Cursor) -> wire.Samples:
+    parts = cursor.parts or [wire.samples_of([])]
+    return wire.Samples(*(np.concatenate([getattr(part, name) for part in parts])
+                          for name in ("handle", "source_ns", "server_ns", "value", "status")))

@@ -1,0 +1,447 @@
+"""Finds the nodes that the configuration names, and says what is wrong with each before anything runs.
+
+Text of a node: `nsu=<uri>;s=<id>` (best: survives a re-ordered namespace table), `ns=2;s=<id>`, `i=2258`, or a browse
+path from the root, `/Objects/2:Plant/2:lorenz/2:x1`, whose names may carry `nsu=<uri>;` instead of the index. In a
+path `&` takes the special meaning from the character behind it (Part 4, A.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncua import ua
+
+from ..api import Tag, TagKind
+from ..errors import ConnectionProblem, NodeProblem
+from ..nodes import SIGNALS
+from . import wire
+from .session import Session
+
+_READ, _WRITE = 0x01, 0x02  # AccessLevel (Part 3, 8.57)
+_HISTORY = 0x04
+NUMERIC = frozenset({"Boolean", "SByte", "Byte", "Int16", "UInt16", "Int32", "UInt32", "Int64", "UInt64", "Float",
+                     "Double"})
+_INTEGER = NUMERIC - {"Boolean", "Float", "Double"}
+# Which built-in types take a result of which type; the value is cast with a range check (`writeback`).
+ACCEPTS: Mapping[str, frozenset[str]] = {
+    "Double": frozenset({"Double", "Float"}) | _INTEGER,
+    "Boolean": frozenset({"Boolean"}) | _INTEGER,
+    "UInt16": _INTEGER | {"Double", "Float"},
+    "Int32": _INTEGER | {"Double", "Float"},
+    "UInt32": _INTEGER | {"Double", "Float"},
+    "String": frozenset({"String", "LocalizedText"}),
+    "DateTime": frozenset({"DateTime"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRef:
+    """A node on the present connection; `nsu` is its text that stays true on the next one."""
+
+    text: str
+    nsu: str
+    id: Any = field(repr=False)
+
+
+@dataclass(slots=True)
+class NodeFacts:
+    """What the server says of a node; `type` is the built-in type, `value` the present number."""
+
+    ref: NodeRef
+    exists: bool = False
+    is_variable: bool = False
+    type: str = ""
+    type_name: str = ""
+    rank: int = -1
+    readable: bool = False
+    writable: bool = False
+    history: bool = False
+    value: float = float("nan")
+    value_text: str = ""
+    status: int = 0
+    source_ns: int = wire.NO_STAMP
+    unit: str = ""
+    eu_range: tuple[float, float] | None = None
+    read_status: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One problem with its fix; `error` False means that it runs all the same."""
+
+    where: str
+    problem: str
+    fix: str
+    error: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}\n  next step: {self.fix}"
+
+
+def raise_findings(findings: Sequence[Finding], shown: int = 5) -> None:
+    """Raise one NodeProblem that names the first errors together; nothing when there are none."""
+    errors = [one for one in findings if one.error]
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise NodeProblem(errors[0].problem, where=errors[0].where, next_step=errors[0].fix)
+    lines = [f"{one.where}: {one.problem} (next step: {one.fix})" for one in errors[:shown]]
+    if len(errors) > shown:
+        lines.append(f"... and {len(errors) - shown} more")
+    raise NodeProblem("\n  ".join([f"{len(errors)} nodes are not as configured:", *lines]),
+                      next_step="correct them one by one; 'opcua-detector check' lists all of them")
+
+
+# --- text to NodeId -----------------------------------------------------------------------------------------------
+
+
+async def resolve(session: Session, texts: Iterable[str]) -> dict[str, NodeRef | NodeProblem]:
+    """Return for each text its node on this connection, or the problem; existence of NodeIds is not asked here.
+
+    Browse paths are translated by the server, several in one call.
+    """
+    found: dict[str, NodeRef | NodeProblem] = {}
+    paths: dict[str, ua.BrowsePath] = {}
+    for text in texts:
+        try:
+            if text.startswith("/"):
+                paths[text] = _browse_path(session, text)
+            else:
+                found[text] = _reference(session, text, _node_id(session, text))
+        except NodeProblem as problem:
+            found[text] = problem
+    pending = list(paths)
+    size = session.limit("translate")
+    for start in range(0, len(pending), size):
+        names = pending[start:start + size]
+        results = await session.call(
+            session.client.uaclient.translate_browsepaths_to_nodeids([paths[name] for name in names]),
+            "translate browse paths")
+        for name, result in zip(names, results, strict=True):
+            found[name] = _translated(session, name, result)
+    return found
+
+
+async def resolve_one(session: Session, text: str) -> NodeRef:
+    """Return the node of a text; NodeProblem where it is not found."""
+    found = (await resolve(session, [text]))[text]
+    if isinstance(found, NodeProblem):
+        raise found
+    return found
+
+
+def _namespace(session: Session, uri: str, text: str) -> int:
+    try:
+        return session.namespaces.index(uri)
+    except ValueError:
+        raise NodeProblem(f"the server has no namespace {uri!r}", where=text,
+                          next_step="choose among its namespaces: " + ", ".join(session.namespaces)) from None
+
+
+def _node_id(session: Session, text: str) -> ua.NodeId:
+    match = re.fullmatch(r"nsu=([^;]+);([isgb]=.+)", text, re.DOTALL)
+    if match:
+        text_id = f"ns={_namespace(session, match[1], text)};{match[2]}"
+    else:
+        text_id = text
+    try:
+        return ua.NodeId.from_string(text_id)
+    except Exception as error:
+        raise NodeProblem("this is no NodeId", where=text,
+                          next_step="write it as 'nsu=<uri>;s=<name>' or as a browse path '/Objects/...'") from error
+
+
+def nsu_text(session: Session, node_id: Any) -> str:
+    """Return a NodeId as text that does not depend on the order of namespaces."""
+    text = str(node_id.to_string())
+    index = int(node_id.NamespaceIndex)
+    if index == 0 or index >= len(session.namespaces):
+        return text
+    return f"nsu={session.namespaces[index]};{text.partition(';')[2]}"
+
+
+def _reference(session: Session, text: str, node_id: ua.NodeId) -> NodeRef:
+    return NodeRef(text, nsu_text(session, node_id), node_id)
+
+
+def split_path(text: str) -> list[tuple[str, str]]:
+    """Return (namespace, name) of each step of a browse path; the namespace is an index or `nsu=<uri>`."""
+    steps = []
+    # a step: an optional nsu=<uri>; in which '/' is no end, then a name in which & takes the meaning from a character
+    for match in re.finditer(r"/(nsu=[^;]+;|\d+:)?((?:&.|[^/&])*)", text):
+        namespace = (match[1] or "0:").rstrip(":;")
+        steps.append((namespace, re.sub(r"&(.)", r"\1", match[2])))
+    return steps
+
+
+def _browse_path(session: Session, text: str) -> ua.BrowsePath:
+    path = ua.BrowsePath()
+    path.StartingNode = ua.NodeId(84, 0)
+    elements = []
+    for namespace, name in split_path(text):
+        if not name:
+            raise NodeProblem("a step of the browse path is empty", where=text,
+                              next_step="write it as '/Objects/2:Plant/2:T1'")
+        index = _namespace(session, namespace[4:], text) if namespace.startswith("nsu=") else int(namespace)
+        element = ua.RelativePathElement()
+        element.ReferenceTypeId = ua.NodeId(ua.ObjectIds.HierarchicalReferences, 0)
+        element.IsInverse = False
+        element.IncludeSubtypes = True
+        element.TargetName = ua.QualifiedName(name, index)
+        elements.append(element)
+    path.RelativePath.Elements = elements
+    return path
+
+
+def _translated(session: Session, text: str, result: Any) -> NodeRef | NodeProblem:
+    if result.StatusCode.is_good() and result.Targets:
+        target = result.Targets[0].TargetId
+        return _reference(session, text, ua.NodeId(target.Identifier, target.NamespaceIndex, target.NodeIdType))
+    return NodeProblem(f"the browse path leads nowhere ({result.StatusCode.name})", where=text,
+                       next_step="compare each step and its namespace index with 'opcua-detector browse'")
+
+
+# --- facts --------------------------------------------------------------------------------------------------------
+
+_ATTRIBUTES = (ua.AttributeIds.NodeClass, ua.AttributeIds.DataType, ua.AttributeIds.ValueRank,
+               ua.AttributeIds.AccessLevel, ua.AttributeIds.UserAccessLevel, ua.AttributeIds.Value)
+
+
+async def read_facts(session: Session, refs: Sequence[NodeRef], *, units: bool = False) -> list[NodeFacts]:
+    """Read type, rights and present value of nodes, and with `units` their EngineeringUnits and EURange."""
+    wanted = [(ref.id, attribute) for ref in refs for attribute in _ATTRIBUTES]
+    values = await read_attributes(session, wanted)
+    facts = []
+    width = len(_ATTRIBUTES)
+    for i, ref in enumerate(refs):
+        facts.append(await _facts(session, ref, values[i * width:(i + 1) * width]))
+    if units:
+        await _read_units(session, [one for one in facts if one.is_variable])
+    return facts
+
+
+async def read_attributes(session: Session, wanted: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """Read (node, attribute) pairs, split to the server's limit."""
+    values: list[Any] = []
+    size = session.limit("read")
+    for start in range(0, len(wanted), size):
+        parameters = ua.ReadParameters()
+        parameters.TimestampsToReturn = ua.TimestampsToReturn.Both
+        for node_id, attribute in wanted[start:start + size]:
+            one = ua.ReadValueId()
+            one.NodeId, one.AttributeId = node_id, attribute
+            parameters.NodesToRead.append(one)
+        values += await session.call(session.client.uaclient.read(parameters), "read attributes")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Value of a DataValue whose status is not Bad, else None."""
+    if value.StatusCode is not None and value.StatusCode.value & 0x80000000:
+        return None
+    return value.Value.Value if value.Value is not None else None
+
+
+async def _facts(session: Session, ref: NodeRef, values: Sequence[Any]) -> NodeFacts:
+    node_class, data_type, rank, access, user_access, value = values
+    facts = NodeFacts(ref)
+    status = node_class.StatusCode
+    if status is not None and status.value & 0x80000000:
+        facts.read_status = status.name
+        return facts
+    facts.exists = True
+    facts.is_variable = _plain(node_class) == ua.NodeClass.Variable
+    if not facts.is_variable:
+        return facts
+    if _plain(data_type) is not None:
+        facts.type, facts.type_name = await _builtin(session, _plain(data_type))
+    facts.rank = -1 if _plain(rank) is None else int(_plain(rank))
+    level = _plain(user_access)
+    if level is None:
+        level = _plain(access) or 0
+    facts.readable, facts.writable = bool(level & _READ), bool(level & _WRITE)
+    facts.history = bool(level & _HISTORY)
+    facts.status = int(value.StatusCode.value) if value.StatusCode is not None else 0
+    facts.read_status = value.StatusCode.name if value.StatusCode is not None else "Good"
+    content = value.Value.Value if value.Value is not None else None
+    facts.value, facts.value_text = wire.to_number(content), _shown(content)
+    facts.source_ns = wire.to_ns(value.SourceTimestamp)
+    return facts
+
+
+def _shown(content: Any) -> str:
+    text = f"{content:.6g}" if isinstance(content, float) else str("" if content is None else content)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+async def _builtin(session: Session, data_type: Any) -> tuple[str, str]:
+    """Return (built-in type, own name) of a DataType; subtypes (enumerations, Duration ...) are followed upwards."""
+    node, first = data_type, ""
+    for _ in range(10):
+        if node.NamespaceIndex == 0 and isinstance(node.Identifier, int):
+            number = node.Identifier
+            if number == 29:
+                return "Int32", first or "Enumeration"
+            if 1 <= number <= 25:
+                name = ua.VariantType(number).name
+                return name, first or name
+        description = ua.BrowseDescription()
+        description.NodeId = node
+        description.BrowseDirection = ua.BrowseDirection.Inverse
+        description.ReferenceTypeId = ua.NodeId(ua.ObjectIds.HasSubtype, 0)
+        description.IncludeSubtypes = True
+        description.NodeClassMask = 0
+        description.ResultMask = ua.BrowseResultMask.BrowseName
+        parameters = ua.BrowseParameters()
+        parameters.NodesToBrowse = [description]
+        (result,) = await session.call(session.client.uaclient.browse(parameters), "browse a data type")
+        first = first or nsu_text(session, data_type)
+        if not result.References:
+            break
+        target = result.References[0].NodeId
+        node = ua.NodeId(target.Identifier, target.NamespaceIndex, target.NodeIdType)
+    return "", first or nsu_text(session, data_type)
+
+
+async def _read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
+    """Read EngineeringUnits and EURange (Part 8, 5.3.2.3) of variables that have them."""
+    paths, owners = [], []
+    for one in facts:
+        for name in ("EngineeringUnits", "EURange"):
+            element = ua.RelativePathElement()
+            element.ReferenceTypeId = ua.NodeId(ua.ObjectIds.HasProperty, 0)
+            element.IncludeSubtypes = True
+            element.IsInverse = False
+            element.TargetName = ua.QualifiedName(name, 0)
+            path = ua.BrowsePath()
+            path.StartingNode = one.ref.id
+            path.RelativePath.Elements = [element]
+            paths.append(path)
+            owners.append((one, name))
+    wanted, of = [], []
+    size = session.limit("translate")
+    for start in range(0, len(paths), size):
+        results = await session.call(
+            session.client.uaclient.translate_browsepaths_to_nodeids(paths[start:start + size]), "find units and ranges")
+        for owner, result in zip(owners[start:start + size], results, strict=True):
+            if result.StatusCode.is_good() and result.Targets:
+                target = result.Targets[0].TargetId
+                node = ua.NodeId(target.Identifier, target.NamespaceIndex, target.NodeIdType)
+                wanted.append((node, ua.AttributeIds.Value))
+                of.append(owner)
+    for (one, name), value in zip(of, await read_attributes(session, wanted), strict=True):
+        content = _plain(value)
+        if name == "EURange" and hasattr(content, "Low"):
+            low, high = float(content.Low), float(content.High)
+            one.eu_range = (low, high) if low < high else None
+        elif name == "EngineeringUnits" and hasattr(content, "DisplayName"):
+            one.unit = content.DisplayName.Text or ""
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+async def check_tags(session: Session, tags: Sequence[Tag], where: str = "tags") -> list[Finding]:
+    """Return everything that is wrong with tags: found, a scalar of a usable type, readable, in the stated unit."""
+    found = await resolve(session, [tag.node for tag in tags])
+    refs = {text: ref for text, ref in found.items() if isinstance(ref, NodeRef)}
+    facts = dict(zip(refs, await read_facts(session, list(refs.values()), units=True), strict=True))
+    findings: list[Finding] = []
+    for tag in tags:
+        place = f"{where}.{tag.name} ({tag.node})"
+        ref = found[tag.node]
+        if isinstance(ref, NodeProblem):
+            findings.append(Finding(place, ref.what, ref.next_step))
+        else:
+            findings += _tag_findings(tag, facts[tag.node], place)
+    return findings
+
+
+def _missing(facts: NodeFacts, place: str) -> list[Finding]:
+    if not facts.exists:
+        return [Finding(place, f"the node does not exist ({facts.read_status})",
+                        "copy the NodeId from 'opcua-detector browse'")]
+    if not facts.is_variable:
+        return [Finding(place, "the node is no variable", "name the variable below it, see 'opcua-detector browse'")]
+    return []
+
+
+def _tag_findings(tag: Tag, facts: NodeFacts, place: str) -> list[Finding]:
+    missing = _missing(facts, place)
+    if missing:
+        return missing
+    findings = []
+    if not facts.readable:
+        findings.append(Finding(place, "this user may not read the tag",
+                                "give the user read access on the server, or leave the tag out"))
+    if facts.rank >= 0:
+        findings.append(Finding(place, f"the tag is an array (ValueRank {facts.rank})", "name a scalar variable"))
+    if facts.type == "String" and tag.kind is not TagKind.STATE:
+        findings.append(Finding(place, "the tag is text", "give it 'kind: state', or leave it out"))
+    elif facts.type not in NUMERIC and facts.type != "String":
+        findings.append(Finding(place, f"the type {facts.type_name or 'unknown'} is no number",
+                                "name a tag of a numeric type or Boolean"))
+    if tag.unit and facts.unit and tag.unit != facts.unit:
+        findings.append(Finding(place, f"the unit is {facts.unit!r} on the server, {tag.unit!r} in the configuration",
+                                f"write 'unit: {facts.unit}' if the server is right"))
+    if tag.eu_range and facts.eu_range and tag.eu_range != facts.eu_range:
+        findings.append(Finding(
+            place, f"EURange is {list(facts.eu_range)} on the server, {list(tag.eu_range)} in the configuration",
+            "correct the one that is wrong", error=False))
+    if facts.readable and facts.status & 0x80000000:
+        findings.append(Finding(place, f"the present value is Bad ({facts.read_status})",
+                                "look after the sensor or its connection; the tag is masked until then", error=False))
+    return findings
+
+
+async def check_outputs(session: Session, nodes: Mapping[str, str], where: str = "outputs") -> list[Finding]:
+    """Return everything that is wrong with outputs (signal -> node): found, writable, of a type that takes it.
+
+    Nothing is written.
+    """
+    found = await resolve(session, nodes.values())
+    refs = {text: ref for text, ref in found.items() if isinstance(ref, NodeRef)}
+    facts = dict(zip(refs, await read_facts(session, list(refs.values())), strict=True))
+    findings: list[Finding] = []
+    taken: dict[str, str] = {}
+    for signal, text in nodes.items():
+        place = f"{where}.{signal} ({text})"
+        ref = found[text]
+        if isinstance(ref, NodeProblem):
+            findings.append(Finding(place, ref.what, ref.next_step))
+            continue
+        if ref.nsu in taken:
+            findings.append(Finding(place, f"{taken[ref.nsu]} is written to the same node", "give each a node of its own"))
+        taken[ref.nsu] = signal
+        findings += _output_findings(signal, facts[text], place)
+    return findings
+
+
+def _output_findings(signal: str, facts: NodeFacts, place: str) -> list[Finding]:
+    missing = _missing(facts, place)
+    if missing:
+        return missing
+    expected = SIGNALS[signal]
+    findings = []
+    if not facts.writable:
+        findings.append(Finding(place, "this user may not write the node",
+                                "give the user write access on the server, or take the signal out of outputs"))
+    shape = "an array" if expected.array else "a scalar"
+    if facts.type not in ACCEPTS[expected.type]:
+        findings.append(Finding(place, f"the node is of type {facts.type_name or 'unknown'}, {signal} is {expected.type}",
+                                f"use a node of type {expected.type}"))
+    elif expected.type == "Double" and facts.type in _INTEGER:
+        findings.append(Finding(place, f"the node is of type {facts.type}: {signal} is rounded to whole numbers",
+                                "use a node of type Double or Float", error=False))
+    if expected.array != (facts.rank >= 0) and facts.rank not in (-2, -3):
+        findings.append(Finding(place, f"{signal} is {shape}, the node is not (ValueRank {facts.rank})",
+                                f"use a node that is {shape}"))
+    return findings
+
+
+def problem_of(error: ConnectionProblem) -> Finding:
+    """Return a connection problem as a finding, for `check`."""
+    return Finding(error.where, error.what, error.next_step)

@@ -1,0 +1,408 @@
+"""Keeps one session to one server alive: connects, notices that it died, connects again for ever.
+
+Why our own loop: asyncua's `auto_reconnect` keeps NodeIds by the old namespace index, drops items that fail and can
+answer a reused session with a thousand calls a second (opcua.md, section 1). Here a lost connection is thrown away
+whole; a new asyncua client is made, namespaces are read anew, and every attached part (subscription, write-back)
+builds what it needs again in its `link_up`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import Any, Protocol, TypeVar
+
+from asyncua import Client, ua
+from asyncua.crypto import security_policies
+from asyncua.ua.uaerrors import UaError
+
+from ..config import ServerConfig
+from ..errors import AccessRefused, ConnectionProblem, DetectorError, ServerUnreachable
+from . import pki, wire
+from .publish import PublishPump
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY_S, LAST_DELAY_S = 0.2, 5.0
+PROBE_S = 5.0  # an idle session is asked for its state this often
+DEFAULT_LIMIT = 500  # items per call where the server names no limit
+_T = TypeVar("_T")
+
+# What refuses the user, the certificate or the policy (Part 4, 7.38).
+_ACCESS = frozenset({
+    "BadUserAccessDenied", "BadIdentityTokenInvalid", "BadIdentityTokenRejected", "BadSecurityChecksFailed",
+    "BadSecurityPolicyRejected", "BadSecurityModeRejected", "BadSecurityModeInsufficient", "BadCertificateInvalid",
+    "BadCertificateUntrusted", "BadCertificateTimeInvalid", "BadCertificateHostNameInvalid",
+    "BadCertificateUriInvalid", "BadCertificateUseNotAllowed", "BadCertificateRevoked", "BadCertificateChainIncomplete",
+    "BadCertificateIssuerTimeInvalid", "BadCertificateRevocationUnknown", "BadApplicationSignatureInvalid",
+    "BadUserSignatureInvalid", "BadNoValidCertificates", "BadNonceInvalid",
+})
+_USER = frozenset({"BadUserAccessDenied", "BadIdentityTokenInvalid", "BadIdentityTokenRejected"})
+
+
+class LinkState(StrEnum):
+    """Where a session stands."""
+
+    CLOSED = "closed"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    WAITING = "waiting"  # between two attempts
+
+
+class Part(Protocol):
+    """What lives on a session and is built again on each connection."""
+
+    async def link_up(self) -> None:
+        """Build everything on the new connection; an error counts as a lost connection."""
+        ...
+
+    def link_down(self) -> None:
+        """Forget everything that belonged to the connection; never waits."""
+        ...
+
+
+class Session:
+    """One session to one server.
+
+    Parameters
+    ----------
+    config : endpoint, policy, login, time-out
+    on_state : called with (state, reason) on each change of state
+    rng : jitter of the delays between attempts
+
+    Attributes
+    ----------
+    state : LinkState
+    namespaces : list of str; NamespaceArray of this connection
+    counters : connects, reconnects, failed_attempts, lost
+    """
+
+    def __init__(self, config: ServerConfig, *, on_state: Callable[[LinkState, str], None] | None = None,
+                 rng: random.Random | None = None) -> None:
+        self.config = config
+        self.timeout_s = config.timeout / 1e9
+        self.state = LinkState.CLOSED
+        self.namespaces: list[str] = []
+        self.limits: dict[str, int] = {}
+        self.counters = {"connects": 0, "reconnects": 0, "failed_attempts": 0, "lost": 0}
+        self.reason = ""
+        self.pump: PublishPump | None = None
+        self._on_state = on_state
+        self._rng = rng or random.Random()
+        self._client: Client | None = None
+        self._parts: list[Part] = []
+        self._task: asyncio.Task[None] | None = None
+        self._probe_task: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
+        self._attempt_failed = ""
+        _quiet_asyncua()
+
+    @property
+    def client(self) -> Client:
+        """The connected asyncua client, for the files of this folder; ServerUnreachable while there is none."""
+        if self._client is None or self.state not in (LinkState.CONNECTED, LinkState.CONNECTING):
+            raise ServerUnreachable("not connected", where=self.where, next_step="wait for the connection")
+        return self._client
+
+    @property
+    def where(self) -> str:
+        """Name, endpoint and policy, as errors and logs show them."""
+        mode = "" if self.config.policy == "None" else f"/{self.config.mode}"
+        return f"server {self.config.name} at {self.config.endpoint} (policy {self.config.policy}{mode})"
+
+    def limit(self, name: str) -> int:
+        """Return the server's operation limit (`read`, `write`, `monitor`, `translate`, `history`)."""
+        return self.limits.get(name, DEFAULT_LIMIT)
+
+    async def attach(self, part: Part) -> None:
+        """Let a part live on this session; it is built now when the session is connected."""
+        self._parts.append(part)
+        if self.state is LinkState.CONNECTED:
+            await part.link_up()
+
+    def detach(self, part: Part) -> None:
+        """Let go of a part."""
+        if part in self._parts:
+            self._parts.remove(part)
+            part.link_down()
+
+    async def open(self) -> None:
+        """Connect for the first time and keep the session alive from then on.
+
+        Raises ServerUnreachable, AccessRefused or another ConnectionProblem; nothing is retried here, so that a
+        wrong configuration is told at once.
+        """
+        await self._connect()
+        self._task = asyncio.create_task(self._keep_alive(), name=f"session {self.config.name}")
+
+    async def close(self) -> None:
+        """End the session; waits no longer than the time-out."""
+        for task in (self._task, self._probe_task):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+        self._task = self._probe_task = None
+        for part in self._parts:
+            part.link_down()
+        self._parts.clear()
+        self._stop_pump()
+        client, self._client = self._client, None
+        if client is not None:
+            if wire.is_open(client):
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(client.disconnect(), self.timeout_s)
+            wire.abandon(client)
+        self._set(LinkState.CLOSED, "")
+
+    def fail(self, reason: str) -> None:
+        """Report that the connection is dead; it is rebuilt."""
+        if self.state in (LinkState.CONNECTED, LinkState.CONNECTING) and not self._lost.is_set():
+            self.reason = reason
+            self._lost.set()
+
+    async def call(self, request: Awaitable[_T], what: str) -> _T:
+        """Await one request with the time-out; errors come out as the product's own.
+
+        what : str; what is being done, for the error text: "read the NamespaceArray"
+        """
+        try:
+            return await asyncio.wait_for(request, self.timeout_s)
+        except DetectorError:
+            raise
+        except Exception as error:
+            raise self.problem(error, what) from error
+
+    def problem(self, error: BaseException, what: str) -> ConnectionProblem:
+        """Translate an error of the network or of asyncua; the text never holds the password."""
+        name = type(error).__name__
+        if isinstance(error, TimeoutError | asyncio.CancelledError):
+            return ServerUnreachable(f"no answer within {self.timeout_s:g} s: {what}", where=self.where,
+                                     next_step="check that the server runs and the network lets the port through")
+        if isinstance(error, OSError):
+            return ServerUnreachable(f"{what}: {error.strerror or error or name}", where=self.where,
+                                     next_step="check endpoint, host and port, and that the server runs")
+        if name in _ACCESS:
+            return AccessRefused(f"{what}: the server answers {name}", where=self.where, next_step=self._access_step(name))
+        return ConnectionProblem(f"{what}: {name}{f': {error}' if isinstance(error, UaError) else ''}", where=self.where,
+                                 next_step="see the server's log")
+
+    def _access_step(self, name: str) -> str:
+        if name in _USER:
+            if self.config.user:
+                return f"check user {self.config.user!r} and its password, and that the server allows this user"
+            return "give user and password_env (or password_file): the server does not take anonymous sessions"
+        if name.startswith("BadSecurityPolicy") or name.startswith("BadSecurityMode"):
+            return "choose a policy and mode that the server offers"
+        return (f"let the server trust this client's certificate ({pki.certificate_file(self.config.pki)}), "
+                "and check server_certificate")
+
+    def _set(self, state: LinkState, reason: str) -> None:
+        if state is self.state:
+            return
+        self.state, self.reason = state, reason
+        if self._on_state is not None:
+            self._on_state(state, reason)
+
+    async def _keep_alive(self) -> None:
+        """Connect again whenever the connection is lost, with growing, jittered delays."""
+        while True:
+            await self._lost.wait()
+            log.warning("%s: connection lost: %s", self.where, self.reason)
+            self.counters["lost"] += 1
+            self._drop(self.reason)
+            delay = FIRST_DELAY_S
+            while True:
+                await asyncio.sleep(delay * self._rng.uniform(0.5, 1.0))
+                try:
+                    await self._connect()
+                    break
+                except DetectorError as error:
+                    self._attempt(error.what)
+                except Exception as error:
+                    log.exception("%s: a part could not be built again", self.where)
+                    self._attempt(repr(error))
+                delay = min(delay * 2, LAST_DELAY_S)
+            self.counters["reconnects"] += 1
+            self._attempt_failed = ""
+            log.warning("%s: connected again", self.where)
+
+    def _attempt(self, what: str) -> None:
+        self.counters["failed_attempts"] += 1
+        if what != self._attempt_failed:  # on change only: an outage of a night is one line
+            self._attempt_failed = what
+            log.warning("%s: not back yet: %s", self.where, what)
+
+    def _drop(self, reason: str) -> None:
+        self._lost.clear()
+        if self._probe_task is not None:
+            self._probe_task.cancel()
+            self._probe_task = None
+        client, self._client = self._client, None
+        self._stop_pump()
+        if client is not None:
+            wire.abandon(client)
+        for part in self._parts:
+            part.link_down()
+        self._set(LinkState.WAITING, reason)
+
+    def _stop_pump(self) -> None:
+        pump, self.pump = self.pump, None
+        if pump is not None:
+            pump.stop()
+
+    async def _connect(self) -> None:
+        """Make one attempt: socket, hello, channel, session, namespaces, limits, then all parts."""
+        self._set(LinkState.CONNECTING, "")
+        client = Client(self.config.endpoint, timeout=self.timeout_s)
+        self._client = client
+        self._lost.clear()
+        try:
+            await self._log_in(client)
+            self.namespaces = await self.call(client.get_namespace_array(), "read the NamespaceArray")
+            self.limits = await self.call(_operation_limits(client), "read the OperationLimits")
+            self.pump = PublishPump(client, self.fail)
+            for part in tuple(self._parts):
+                await part.link_up()
+        except BaseException as error:
+            self._client = None
+            self._stop_pump()
+            wire.abandon(client)
+            for part in self._parts:
+                part.link_down()
+            self._set(LinkState.WAITING, str(error))
+            raise
+        self.counters["connects"] += 1
+        self._set(LinkState.CONNECTED, "")
+        client.uaclient.protocol.on_connection_lost = self._socket_lost
+        if not wire.is_open(client):
+            self.fail("the server closed the connection")
+        self._probe_task = asyncio.create_task(self._probe(client), name=f"probe {self.config.name}")
+
+    def _socket_lost(self, error: Exception | None) -> None:
+        self.fail(f"the connection was closed ({error or 'by the server'})")
+
+    async def _probe(self, client: Client) -> None:
+        """Ask for the server's state now and then: it keeps the session and finds a dead connection."""
+        while True:
+            await asyncio.sleep(PROBE_S)
+            try:
+                await asyncio.wait_for(client.nodes.server_state.read_value(), self.timeout_s)
+            except UaError as error:
+                if type(error).__name__ in ("BadSessionIdInvalid", "BadSessionClosed", "BadSecureChannelClosed",
+                                            "BadSecureChannelIdInvalid", "BadSessionNotActivated"):
+                    self.fail(type(error).__name__)
+                    return
+            except (TimeoutError, OSError) as error:
+                self.fail(f"the server does not answer ({type(error).__name__})")
+                return
+
+    async def _log_in(self, client: Client) -> None:
+        config = self.config
+        client.name = client.description = "opcua-detector"
+        client.product_uri = "urn:opcua-detector"
+        client.session_timeout = 120_000
+        if config.user:
+            client.set_user(config.user)
+            client.set_password(config.password())
+        if config.policy != "None":
+            await self._secure(client)
+        await self.call(client.connect_socket(), "open the connection")
+        try:
+            await self._stage(client.send_hello(), "say hello")
+            await self._stage(client.open_secure_channel(), "open a secure channel")
+            await self._stage(wire.start_session(client), "create and activate a session")
+        except BaseException:
+            wire.abandon(client)
+            raise
+
+    async def _secure(self, client: Client) -> None:
+        """Load certificates; the server's is the pinned one, or with `insecure: true` the one it shows."""
+        config = self.config
+        own = pki.own_certificate(config.pki)
+        client.application_uri = own.application_uri
+        mode = getattr(ua.MessageSecurityMode, config.mode)
+        policy = getattr(security_policies, f"SecurityPolicy{config.policy}")
+        if config.server_certificate is not None:
+            server = pki.read_certificate(config.server_certificate, f"servers.{config.name}.server_certificate")
+        else:
+            server = await self._shown_certificate(policy.URI, mode)
+        await self.call(client.set_security(policy, str(own.certificate), str(own.key), None, server, mode),
+                        "load the certificates")
+
+    async def _shown_certificate(self, policy_uri: str, mode: ua.MessageSecurityMode) -> bytes:
+        offered = await self._endpoints()
+        for one in offered:
+            if one.SecurityPolicyUri == policy_uri and one.SecurityMode == mode and one.ServerCertificate:
+                return bytes(one.ServerCertificate)
+        raise AccessRefused("the server does not offer this policy and mode", where=self.where,
+                            next_step=f"choose among what it offers: {_offer_text(offered)}")
+
+    async def _endpoints(self) -> list[Any]:
+        asker = Client(self.config.endpoint, timeout=self.timeout_s)
+        return list(await self.call(asker.connect_and_get_server_endpoints(), "ask for the endpoints"))
+
+    async def _stage(self, request: Awaitable[Any], what: str) -> None:
+        """Await one step of the log-in; a server that hangs up in it refuses policy or certificate."""
+        try:
+            await asyncio.wait_for(request, self.timeout_s)
+        except DetectorError:
+            raise
+        except Exception as error:
+            problem = self.problem(error, what)
+            closed = isinstance(error, ConnectionError) or (isinstance(error, UaError) and not isinstance(
+                problem, AccessRefused) and type(error) is UaError)
+            if what != "say hello" and (closed or (isinstance(error, TimeoutError) and self.config.policy != "None")):
+                problem = await self._refusal(what, error, problem)
+            raise problem from error
+
+    async def _refusal(self, what: str, error: Exception, problem: ConnectionProblem) -> ConnectionProblem:
+        """Find out why the server hung up: does it offer the policy, is the pinned certificate the one it shows?"""
+        try:
+            offered = await self._endpoints()
+        except ConnectionProblem:
+            return problem  # gone altogether
+        config = self.config
+        fitting = [one for one in offered if one.SecurityPolicyUri.endswith(f"#{config.policy}")
+                   and (config.policy == "None" or one.SecurityMode == getattr(ua.MessageSecurityMode, config.mode))]
+        if not fitting:
+            return AccessRefused("the server does not offer this policy and mode", where=self.where,
+                                 next_step=f"choose among what it offers: {_offer_text(offered)}")
+        if config.server_certificate is not None:
+            pinned = pki.read_certificate(config.server_certificate, f"servers.{config.name}.server_certificate")
+            if all(bytes(one.ServerCertificate or b"") != pinned for one in fitting):
+                return AccessRefused(
+                    "the server shows another certificate than the one in server_certificate", where=self.where,
+                    next_step="make sure that this is your server, then put its present certificate there")
+        return AccessRefused(f"{what}: the server hung up ({type(error).__name__})", where=self.where,
+                             next_step=self._access_step("BadCertificateUntrusted"))
+
+
+def _offer_text(offered: list[Any]) -> str:
+    texts = {f"{one.SecurityPolicyUri.rpartition('#')[2]}/{ua.MessageSecurityMode(one.SecurityMode).name.rstrip('_')}"
+             for one in offered}
+    return ", ".join(sorted(texts)) or "nothing"
+
+
+async def _operation_limits(client: Client) -> dict[str, int]:
+    """Read Server/ServerCapabilities/OperationLimits (Part 5, 6.3.11); 0 and absent mean no limit known."""
+    ids = {"read": 11705, "write": 11707, "monitor": 11714, "translate": 11712, "history": 12165}
+    nodes = [ua.NodeId(number, 0) for number in ids.values()]
+    found = await client.uaclient.read_attributes(nodes, ua.AttributeIds.Value)
+    limits = {}
+    for name, one in zip(ids, found, strict=True):
+        value = one.Value.Value if one.Value is not None else None
+        good = one.StatusCode is None or one.StatusCode.is_good()
+        limits[name] = min(int(value), DEFAULT_LIMIT) if good and isinstance(value, int) and value > 0 else DEFAULT_LIMIT
+    return limits
+
+
+def _quiet_asyncua() -> None:
+    """Keep asyncua from logging each refused call; what matters is logged here, on change of state."""
+    logger = logging.getLogger("asyncua")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL + 1)
