@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,7 +40,8 @@ class Calibration:
     group, kind : int64[n_channels]
     windows : int64[n_windows] rows
     states : learnt operating states; (0,) where no state tag is used
-    grid : float64[n_states, n_channels, k]; level : float64[n_states, n_channels, k + 1]; used : int64[n_states, n_channels]
+    grid : float64[n_states, n_channels, k]; level : float64[n_states, n_channels, k + 1]
+    used : int64[n_states, n_channels]; entries of `grid` in use
     tail : float64[n_states, n_channels, 2]; knee and slope
     scale : float64[n_states, n_channels]; held-out root mean square, for contributions
     usual : float64[n_states, n_channels]; held-out mean surprise, for contributions
@@ -142,7 +144,7 @@ def held_out_residuals(plugin: Plugin, record: Record, params: object, full: Flo
     bounds = np.linspace(0, n, FOLDS + 1).astype(np.int64)
     out = np.full_like(full, np.nan)
     rows = np.arange(n)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         rest = np.concatenate([rows[:start], rows[stop:]])
         method = plugin.open(plugin.fit(record.take(rest), params), record.tags)
         # Some rows before the fold warm the method up, so that the fold itself is judged whole.

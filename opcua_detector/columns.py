@@ -119,6 +119,28 @@ def usable_tags(record: Record) -> tuple[tuple[Tag, ...], dict[str, str]]:
     return tuple(used), reasons
 
 
+def suggest_kind(data_type: str, writable: bool, values: Float64) -> tuple[str, str]:
+    """Propose the kind of a tag from its data type, rights and some recent values.
+
+    Returns (kind, reason against using it, empty if there is none).
+    """
+    known = values[np.isfinite(values)]
+    if data_type in ("DateTime", "UtcTime"):
+        return TagKind.MEASURED.value, "a clock"
+    if len(known) >= 3 and float(known.max() - known.min()) <= 1e-12 * max(1.0, float(np.abs(known).max())):
+        return TagKind.MEASURED.value, f"constant at {known[0]:g} in the values looked at"
+    steps = np.diff(known)
+    moving = steps[steps != 0]
+    if len(moving) >= 3 and float(np.mean(moving > 0)) >= _MONOTONE_SHARE and len(moving) >= 0.5 * len(steps):
+        return TagKind.COUNTER.value, "only moves one way: a totaliser or clock; `kind: counter` judges its rate"
+    few = len(np.unique(known)) <= 8 and len(known) >= 20
+    if data_type == "Boolean" or (few and data_type not in ("Float", "Double")):
+        return TagKind.STATE.value, ""
+    if writable:
+        return TagKind.SETPOINT.value, ""
+    return TagKind.MEASURED.value, ""
+
+
 def _reason_against(record: Record, i: int) -> str | None:
     tag = record.tags[i]
     ok = record.valid[:, i] != 0

@@ -63,6 +63,11 @@ Bytes = Annotated[
     int, BeforeValidator(_size), WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?(kB|MB|GB)$"})
 ]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=64)]
+Methods = Annotated[
+    tuple[dict[str, Any], ...],
+    WithJsonSchema({"type": "array", "minItems": 1, "items": {"anyOf": [
+        {"type": "string"}, {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}]}}),
+]
 NodeText = Annotated[str, Field(min_length=3)]
 
 
@@ -87,7 +92,7 @@ class ServerConfig(Section):
     mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
     insecure: bool = False
     user: str = ""
-    password_env: str = ""
+    password_env: str = Field(default="", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")
     password_file: Path | None = None
     server_certificate: Path | None = None
     pki: Path = Path("pki")
@@ -234,7 +239,7 @@ class MonitorConfig(Section):
     name: Name
     group: str
     tags: tuple[str, ...] | None = None
-    methods: tuple[dict[str, Any], ...] = ({"name": "transition"},)
+    methods: Methods = ({"name": "transition"},)
     windows: tuple[DurationNs, ...] = Field(default=(), max_length=4)
     state_tag: str = ""
     false_alarms_per_day: float = Field(default=1.0, gt=0, le=86400)
@@ -378,8 +383,22 @@ def duration_ns(text: str, *, key: str) -> int:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of the configuration, for editors."""
-    return Config.model_json_schema()
+    """Return the JSON Schema of the configuration, for editors; defaults stand there as one would type them."""
+    schema = Config.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        for rule in section.get("properties", {}).values():
+            if isinstance(rule.get("default"), dict) and "$ref" in rule:
+                del rule["default"]  # the section states the defaults of its keys itself
+            elif rule.get("type") == "string" and isinstance(rule.get("default"), int):
+                units = _UNITS_BYTES if "MB" in rule["pattern"] else _UNITS_NS
+                rule["default"] = _with_unit(rule["default"], units)
+    return schema
+
+
+def _with_unit(value: int, units: dict[str, int]) -> str:
+    """Return a quantity as text, in the largest unit that leaves a whole number: 500 ms, 2 GB."""
+    unit = max((u for u in units if value % units[u] == 0 and value >= units[u]), key=units.__getitem__, default="s")
+    return f"{value // units[unit]} {unit}"
 
 
 def _resolve_paths(config: Config, folder: Path) -> Config:
@@ -463,7 +482,7 @@ def _config_error(error: ValidationError, root: yaml.Node, file: str) -> ConfigE
 
 def _shown(key: str, value: object) -> object:
     """Return what an error may show of a value: no mapping, no list, nothing secret."""
-    if isinstance(value, dict | list | tuple) or re.search("passw|secret|token|credential", key, re.IGNORECASE):
+    if isinstance(value, dict | list | tuple) or re.search("passw|pwd|secret|token|credential", key, re.IGNORECASE):
         return None
     return re.sub(r"//[^/@]*@", "//...@", value) if isinstance(value, str) else value
 
@@ -493,8 +512,5 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> str:
         "servers": ServerConfig, "groups": GroupConfig, "monitors": MonitorConfig, "store": StoreConfig,
         "outputs": OutputsConfig}
     for part in loc[:-1]:
-        if part == "tags" and model is GroupConfig:
-            model = TagConfig
-        else:
-            model = tree.get(str(part), model)
+        model = TagConfig if part == "tags" and model is GroupConfig else tree.get(str(part), model)
     return "one of " + ", ".join(model.model_fields)

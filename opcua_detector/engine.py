@@ -120,6 +120,15 @@ class Monitor:
         self._scorer.reset()
         self._filled = 0
 
+    def restart(self) -> None:
+        """Forget everything, a standing alert too, as after construction; event numbers go on."""
+        self.reset()
+        self._alert = AlertState(self.settings.on_delay_ns, self.settings.off_delay_ns, event_no=self._alert.event_no)
+
+    def continue_events(self, last_event_no: int) -> None:
+        """Number the next alert after this one (the last that the store knows)."""
+        self._alert.event_no = last_event_no
+
     def step(self, frame: Frame) -> Verdict:
         """Take one row of the group; return the verdict (reused)."""
         if frame.gap:

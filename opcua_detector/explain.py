@@ -8,17 +8,23 @@ from collections.abc import Mapping, Sequence
 from .api import Cause, Tag
 from .nodes import EXPLANATION_CHARS
 
+_LONGEST = 1e12  # values from here on are written with an exponent
+_MORE_DECIMALS = 3
 
-def number(value: float, tag: Tag | None = None, span: float = float("nan")) -> str:
-    """Format a value with the decimals that its tag, or else its usual span, makes meaningful."""
+
+def number(value: float, tag: Tag | None = None, span: float = float("nan"), *, more: int = 0) -> str:
+    """Format a value with the decimals that its tag, or else its usual span, makes meaningful, or a few more."""
     if not math.isfinite(value):
         return "?"
+    if abs(value) >= _LONGEST:
+        return f"{value:.4g}"
     if tag is not None and tag.decimals is not None:
-        return f"{value:.{tag.decimals}f}"
-    if math.isfinite(span) and span > 0:
-        decimals = min(9, max(0, 2 - math.floor(math.log10(span))))
-        return f"{value:.{decimals}f}"
-    return f"{value:.4g}"
+        text = f"{value:.{tag.decimals}f}"
+    elif math.isfinite(span) and span > 0:
+        text = f"{value:.{min(9, max(0, 2 - math.floor(math.log10(span))) + more)}f}"
+    else:
+        text = f"{value:.{4 + more}g}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def motion(cause: Cause, spans: Mapping[str, float]) -> str:
@@ -46,28 +52,39 @@ def sentence(cause: Cause, tags: Mapping[str, Tag], spans: Mapping[str, float]) 
     `tags` and `spans` (99 % less 1 % quantile, in the tag's unit) are looked up by column name.
     """
     tag = tags.get(cause.tag)
-    span = spans.get(cause.tag, float("nan"))
     unit = f" {tag.unit}" if tag is not None and tag.unit else ""
-    is_now = f"{cause.tag} is {number(cause.observed, tag, span)}{unit}"
-    low, high = number(cause.normal_low, tag, span), number(cause.normal_high, tag, span)
-    normal = f"{low} to {high}{unit}"
+    now, low, high = _numbers(cause, tag, spans.get(cause.tag, float("nan")))
+    now = f"{now}{unit}" if math.isfinite(cause.observed) else ""
     has_range = math.isfinite(cause.normal_low) and math.isfinite(cause.normal_high)
+    normal = (low if low == high else f"{low} to {high}") + unit
+    moves = motion(cause, spans)
+    who = "it" if cause.other == cause.tag else cause.other
+    situation = f" while {who} {moves}" if cause.other else ""
+    text = f"something is wrong with {cause.tag}" + (f", it is {now}" if now else "")
     if cause.kind == "trans":
-        step = f"within {cause.step_s:.3g} s"
-        text = f"{cause.tag} went {step} to {number(cause.observed, tag, span)}{unit}, a movement never seen"
+        within = f" within {cause.step_s:.3g} s" if math.isfinite(cause.step_s) else ""
+        text = f"{cause.tag} " + (f"went{within} to {now}, " if now else "made ") + "a movement never seen"
         text += f"; normal from there is {normal}" if has_range else " in healthy operation"
-    elif cause.kind == "bound" and has_range:
-        who = f"while {cause.other} {motion(cause, spans)}" if cause.other != cause.tag else f"while it {motion(cause, spans)}"
-        text = f"{is_now} {who}; normal there is {normal}"
+    elif cause.kind == "bound" and has_range and now:
+        text = f"{cause.tag} is {now}{situation}; normal{' there' if situation else ''} is {normal}"
+    elif cause.kind == "conf" and cause.other in ("", cause.tag):
+        text = f"{cause.tag} {moves} in a way never seen in healthy operation"
     elif cause.kind == "conf":
-        text = f"{cause.tag} {motion(cause, spans)} together with the other tags in a way never seen in healthy operation"
-    elif cause.kind == "forecast" and has_range:
-        text = f"{is_now}; expected from the last rows is {normal}"
-    else:
-        text = f"something is wrong with {cause.tag}"
-        if math.isfinite(cause.observed):
-            text += f", it is {number(cause.observed, tag, span)}{unit}"
+        state = f"is {now}" if now else "does not fit"
+        text = f"{cause.tag} {state}{situation}, a pattern never seen in healthy operation"
+    elif cause.kind == "forecast" and has_range and now:
+        text = f"{cause.tag} is {now}; expected from the last rows is {normal}"
     return text if len(text) <= EXPLANATION_CHARS else text[: EXPLANATION_CHARS - 3] + "..."
+
+
+def _numbers(cause: Cause, tag: Tag | None, span: float) -> tuple[str, str, str]:
+    """Format observed, normal low and high alike, with as many decimals as tell the observed from the limits."""
+    values = (cause.observed, cause.normal_low, cause.normal_high)
+    for more in range(_MORE_DECIMALS + 1):
+        now, low, high = (number(value, tag, span, more=more) for value in values)
+        if now not in (low, high):
+            break
+    return now, low, high
 
 
 def rank(

@@ -12,9 +12,9 @@ The rule, for period P:
 2. *Value.* Row k takes for each tag the newest sample stamped at or before g_k + P/2, so skews below P/2 vanish;
    a tag without one is held.
 3. *Closing.* Row k closes at once when every tag that is due has reported for it or later, and in any case when
-   the newest stamp of all tags reaches g_k + P/2 + lateness. A tag is due when its shortest interval (learnt over
-   its last samples) has passed and it has reported within max_hold: a slow tag costs no waiting between its
-   samples, one that went silent costs none after max_hold.
+   the newest stamp of all tags reaches g_k + P/2 + lateness. A tag is due when it has reported within
+   max_hold, and, if its last intervals were even, when the shortest of them has passed: a slow tag costs no waiting
+   between its samples, one that went silent costs none after max_hold. One that reports on change is waited for.
 4. *Late.* A sample older than one already used by its tag is dropped; of two with the same stamp the later arrival
    wins; one that comes after its row closed is held into the next.
 5. *Stale.* A measured, counter or angle tag without a sample for more than max_hold periods is not valid;

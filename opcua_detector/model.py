@@ -7,8 +7,8 @@ import io
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,11 @@ class NormalityModel:
     def require(self, tags: Sequence[Tag], period_ns: int) -> None:
         """Raise ModelTagsError unless rows of these tags at this period fit the model."""
         known = {tag.name: tag for tag in tags}
-        missing = [tag.name for tag in self.tags if tag.name not in known]
+        needed = dict.fromkeys([*(tag.name for tag in self.tags), *([self.state_tag] if self.state_tag else [])])
+        missing = [name for name in needed if name not in known]
         if missing:
             raise ModelTagsError(
-                f"the model was fitted for the tags {', '.join(t.name for t in self.tags)}; "
+                f"the model was fitted for the tags {', '.join(needed)}; "
                 f"{', '.join(missing)} is not among the monitor's tags", where=f"monitor {self.monitor}",
                 next_step="add the tag to the config, or fit the monitor again")
         for tag in self.tags:
@@ -113,16 +114,17 @@ class NormalityModel:
         texts = {"header": np.frombuffer(_json(header), np.uint8), "sha256": np.frombuffer(digest.encode(), np.uint8)}
         np.savez_compressed(buffer, allow_pickle=False, **texts, **arrays)
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 file.write(buffer.getvalue())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, target)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             raise ModelFileError("the model cannot be written", where=str(target),
                                  next_step=f"check space and rights ({error.strerror})") from error
         return digest[:16]
@@ -144,12 +146,8 @@ def load(path: str | Path) -> NormalityModel:
                              next_step=f"fit the monitor first: opcua-detector fit ({error.strerror})") from error
     again = "restore the file from a copy, or fit the monitor again"
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop("header").tobytes())
-        digest = arrays.pop("sha256").tobytes().decode("ascii")
-    except (zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError, zipfile.LargeZipFile, UnicodeDecodeError,
-            NotImplementedError, RuntimeError, zlib.error) as error:
+        header, arrays, digest = _parts(content)
+    except Exception as error:  # damaged bytes make zipfile, zlib, numpy and json raise nearly anything
         raise ModelFileError(f"the model file is truncated or no model: {error}", where=str(file),
                              next_step=again) from error
     if _digest(header, arrays) != digest:
@@ -158,7 +156,23 @@ def load(path: str | Path) -> NormalityModel:
     if header.get("format") != FORMAT:
         raise ModelFileError(f"model format {header.get('format')} is not known, this version reads {FORMAT}",
                              where=str(file), next_step="use the version that wrote it, or fit the monitor again")
-    return _from_content(header, arrays)
+    try:
+        return _from_content(header, arrays)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelFileError(f"the model file describes no model: {error!r}", where=str(file),
+                             next_step=again) from error
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]], str]:
+    """Return (header, arrays, sha256) of a file's bytes; ValueError where it is no archive with a header."""
+    with zipfile.ZipFile(io.BytesIO(content)):  # np.load would also take a plain array or a pickle
+        pass
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    header = json.loads(arrays.pop("header").tobytes())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no mapping")
+    return header, arrays, arrays.pop("sha256").tobytes().decode("ascii")
 
 
 def _from_content(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> NormalityModel:

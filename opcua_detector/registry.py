@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -56,15 +57,15 @@ class Registry:
         self._places: dict[str, _Place] = {}
         self._loaded: dict[str, Plugin] = {}
         for name, (module, attribute) in _BUILT_IN.items():
-            self._add(name, _Place(module, lambda m=module, a=attribute: getattr(importlib.import_module(m), a)()))
-        for folder in _shipped_folders():
-            for one in _plugin_folders(folder):
+            self._add(name, _Place(module, partial(_built_in, module, attribute)))
+        for shipped in _shipped_folders():
+            for one in _plugin_folders(shipped):
                 module = f"{_SHIPPED}.{one.name}"
-                self._add(one.name, _Place(module, lambda m=module: importlib.import_module(m).plugin))
+                self._add(one.name, _Place(module, partial(_exposed, module)))
         for folder in folders:
             self._add_folder(Path(folder))
         for entry in metadata.entry_points(group=ENTRY_POINTS):
-            self._add(entry.name, _Place(f"entry point {entry.value}", lambda e=entry: _instance(e.load())))
+            self._add(entry.name, _Place(f"entry point {entry.value}", partial(_from_entry_point, entry)))
 
     def _add(self, name: str, place: _Place) -> None:
         if name in self._places:
@@ -81,7 +82,7 @@ class Registry:
             raise PluginError("no plugin in this folder: neither it nor a folder in it holds __init__.py",
                               where=str(folder), next_step="correct `plugins` in the configuration file")
         for one in found:
-            self._add(one.name, _Place(str(one), lambda p=one: _import_folder(p).plugin))
+            self._add(one.name, _Place(str(one), partial(_from_folder, one)))
 
     def names(self) -> list[str]:
         """Return the names of all plugins, sorted; none is imported."""
@@ -162,7 +163,8 @@ def _plugin_folders(folder: Path) -> list[Path]:
 def _import_folder(folder: Path) -> types.ModuleType:
     """Import a drop-in folder as a package of its own, so that its relative imports work."""
     name = _DROP_IN + folder.name
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)])
     if spec is None or spec.loader is None:
         raise ImportError(f"{folder} is no package")
     module = importlib.util.module_from_spec(spec)
@@ -175,8 +177,21 @@ def _import_folder(folder: Path) -> types.ModuleType:
     return module
 
 
-def _instance(found: Any) -> Any:
+def _built_in(module: str, attribute: str) -> Any:
+    return getattr(importlib.import_module(module), attribute)()
+
+
+def _exposed(module: str) -> Any:
+    return importlib.import_module(module).plugin
+
+
+def _from_folder(folder: Path) -> Any:
+    return _import_folder(folder).plugin
+
+
+def _from_entry_point(entry: metadata.EntryPoint) -> Any:
     """Return what an entry point gives: the plugin, its class, or a module that exposes `plugin`."""
+    found = entry.load()
     if isinstance(found, types.ModuleType):
         return found.plugin
     return found() if isinstance(found, type) else found

@@ -49,8 +49,7 @@ def check_plugin(plugin: Plugin, record: Record, params: Any, *, tolerance: floa
     _check_declaration(plugin, params)
     before = (record.values.copy(), record.valid.copy(), record.gap.copy())
     model = plugin.fit(record, params)
-    _require(all(np.array_equal(a, b) for a, b in zip(before, (record.values, record.valid, record.gap), strict=True)),
-             "fit changes the record it is given")
+    _require(_all_equal(before, (record.values, record.valid, record.gap)), "fit changes the record it is given")
     _check_model(model, record)
     if tolerance is None:
         tolerance = FLOAT32 if "onnx" in model.arrays else FLOAT64
@@ -78,12 +77,17 @@ def _require(condition: bool, text: str) -> None:
         raise AssertionError(text)
 
 
+def _all_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def _check_declaration(plugin: Plugin, params: Any) -> None:
     _require(isinstance(plugin, Plugin), "a plugin has name, Params, learns, fit and open")
     _require(isinstance(plugin.name, str) and plugin.name.isidentifier(), f"{plugin.name!r} is no name for a config")
     _require(isinstance(plugin.learns, bool), "learns is True or False")
     made: Any = plugin.Params
-    _require(dataclasses.is_dataclass(made) and made.__dataclass_params__.frozen, "Params is a frozen dataclass")
+    frozen = getattr(getattr(made, "__dataclass_params__", None), "frozen", False)
+    _require(isinstance(made, type) and frozen, "Params is a frozen dataclass")
     _require(isinstance(params, made), f"params is a {type(params).__name__}, not the plugin's Params")
     _require(_plain_json(dataclasses.asdict(params)), "the parameters are JSON-able")
 
@@ -169,7 +173,8 @@ class _Case:
         judged = {tag.name for tag in self.rows.tags if tag.judged}
         method = self.method
         _require(len(method.channels) > 0, "a method has at least one channel")
-        _require(len({(c.column, c.kind) for c in method.channels}) == len(method.channels), "two channels are the same")
+        keys = {(c.column, c.kind) for c in method.channels}
+        _require(len(keys) == len(method.channels), "two channels are the same")
         for channel in method.channels:
             _require(isinstance(channel, Channel) and channel.column in judged,
                      f"{channel} is no channel of a judged column out of {sorted(judged)}")
@@ -234,14 +239,12 @@ class _Case:
 
     def columns_by_name(self) -> None:
         rows = self.rows
-        rng = np.random.default_rng(1)
-        extra = (rng.standard_normal(len(rows)), np.ones(len(rows), np.uint8))
-        order = rng.permutation(len(rows.tags) + 1)
-        tags = [*rows.tags, Tag("not needed by anyone")]
+        stranger = np.random.default_rng(1).standard_normal(len(rows))
+        backwards = slice(None, None, -1)
         other = dataclasses.replace(
-            rows, tags=tuple(tags[k] for k in order),
-            values=np.ascontiguousarray(np.column_stack([rows.values, extra[0]])[:, order]),
-            valid=np.ascontiguousarray(np.column_stack([rows.valid, extra[1]])[:, order]))
+            rows, tags=(Tag("not needed by anyone"), *rows.tags[backwards]),
+            values=np.ascontiguousarray(np.column_stack([stranger, rows.values[:, backwards]])),
+            valid=np.ascontiguousarray(np.column_stack([np.ones(len(rows), np.uint8), rows.valid[:, backwards]])))
         method = self.open(other.tags)
         place = {(c.column, c.kind): k for k, c in enumerate(method.channels)}
         here = [(c.column, c.kind) for c in self.method.channels]
@@ -280,8 +283,8 @@ class _Case:
         self.same(np.vstack([first, second]), want, "explain on another thread disturbs the stream")
         _require(len(seen) == 5, "explain raises")
         _require(all(repr(one) == repr(seen[0]) for one in seen), "explain gives different answers to the same rows")
-        unchanged = zip(given, (rows.values[span], rows.valid[span], rows.source_ns[span]), strict=True)
-        _require(all(np.array_equal(a, b) for a, b in unchanged), "explain changes the rows it is given")
+        _require(_all_equal(given, (rows.values[span], rows.valid[span], rows.source_ns[span])),
+                 "explain changes the rows it is given")
         self._check_causes(seen[0], given[2])
 
     def _check_causes(self, causes: list[Any], source_ns: Any) -> None:
@@ -316,4 +319,5 @@ class _Case:
         finally:
             if not tracing:
                 tracemalloc.stop()
-        _require(peak < MAX_GROWTH_BYTES, f"{UPDATES} updates take {peak} bytes; at most {MAX_GROWTH_BYTES} may be used")
+        _require(peak < MAX_GROWTH_BYTES, 
+                 f"{UPDATES} updates take {peak} bytes; at most {MAX_GROWTH_BYTES} may be used")

@@ -18,7 +18,7 @@ from typing import Any, Final
 from sim_server.config import SimConfig, build_script, load_config, parse_config
 from sim_server.errors import ConfigError, SimError, StartError
 from sim_server.faults import FaultScript, load_script
-from sim_server.processes import MODELS, make, model
+from sim_server.processes import MODELS, SCHEDULES, make, model
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -173,6 +173,7 @@ async def _run(config: SimConfig, options: argparse.Namespace) -> int:
             "start_ns": server.start_ns,
             "period_ns": server.plant.period_ns,
             "history_rows": config.history_rows,
+            "faults": _paper_faults(config.process),
         }
         print(json.dumps(ready), flush=True)
         living = asyncio.create_task(server.run())
@@ -186,6 +187,16 @@ async def _run(config: SimConfig, options: argparse.Namespace) -> int:
     finally:
         stopped.cancel()
         await server.stop()
+
+
+def _paper_faults(name: str) -> dict[str, dict[str, Any]]:
+    """Return the faults of the paper's schedule: parameter -> its factor and the tags it touches."""
+    touches = {one.name: list(one.touches) for one in model(name).parameters}
+    return {
+        parameter: {"factor": factor, "touches": touches[parameter]}
+        for _, parameter, factor in SCHEDULES[name].blocks
+        if parameter
+    }
 
 
 def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

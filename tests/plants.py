@@ -130,7 +130,8 @@ def deviation_monitor(
     plugin = DeviationPlugin()
     model, _ = fit_monitor("plain", record, [("deviation", plugin, DeviationParams())], state_tag=state_tag,
                            windows_ns=[w * record.period_ns for w in windows], false_alarms_per_day=per_day)
-    return Monitor("plain", model, [plugin.open(model.methods[0], model.plan.columns)], group_tags or record.tags, alert)
+    methods = [plugin.open(model.methods[0], model.plan.columns)]
+    return Monitor("plain", model, methods, group_tags or record.tags, alert)
 
 
 def scores(monitor: Monitor, record: Record) -> Float64:

@@ -45,6 +45,7 @@ class _Cursor:
         self.after_ns: int | None = None  # when asked again by time: what lies at or before this was read
         self.parts: list[wire.Samples] = []
         self.reached_ns = start_ns
+        self.count = 0  # values since the last request by time: NumValuesPerNode bounds them over all its pages
 
 
 async def read_history(
@@ -178,8 +179,10 @@ def _accept(cursor: _Cursor, got: wire.HistoryPage, page: int, end_ns: int) -> N
         cursor.parts.append(samples)
         cursor.reached_ns = max(cursor.reached_ns, int(stamps.max()))
     cursor.point = got.continuation
+    cursor.count += count
     if cursor.point is None:
-        cursor.done = count < page or cursor.reached_ns >= end_ns or cursor.reached_ns == cursor.after_ns
+        full, cursor.count = cursor.count >= page, 0
+        cursor.done = not full or cursor.reached_ns >= end_ns or cursor.reached_ns == cursor.after_ns
         cursor.start_ns = cursor.reached_ns
         cursor.after_ns = cursor.reached_ns
 

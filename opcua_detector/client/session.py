@@ -99,6 +99,7 @@ class Session:
         self._probe_task: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
         self._attempt_failed = ""
+        self._told = LinkState.CLOSED
         _quiet_asyncua()
 
     @property
@@ -204,9 +205,13 @@ class Session:
     def _set(self, state: LinkState, reason: str) -> None:
         if state is self.state:
             return
+        retrying = state is LinkState.CONNECTING and self.state is LinkState.WAITING
         self.state, self.reason = state, reason
-        if self._on_state is not None:
-            self._on_state(state, reason)
+        # The attempts of an outage are one state for whoever looks at it: waiting.
+        if not retrying and state is not self._told:
+            self._told = state
+            if self._on_state is not None:
+                self._on_state(state, reason)
 
     async def _keep_alive(self) -> None:
         """Connect again whenever the connection is lost, with growing, jittered delays."""

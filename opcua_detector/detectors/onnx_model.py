@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +24,12 @@ from numpy.typing import NDArray
 from ..api import Cause, Channel, Float64, Int64, MethodModel, Record, Tag, UInt8
 from ..errors import ModelFileError, ModelTagsError, RecordError
 from .onnx_explain import Judged, causes
-from .onnx_format import PREDICTION, RESIDUAL, GraphContract, read_props
+from .onnx_format import PREDICTION, RESIDUAL, GraphContract
+from .onnx_graph import check_hash, load, read_graph, rows_shape
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
-BUNDLED = "bundled:"
-_BUNDLED_FOLDER = Path("detectors", "mlp", "models")
 _LARGEST = float(np.finfo(np.float32).max)
 _BATCH = 8192  # windows in one run of the graph: bounds the memory of a long record
 _PERIOD_TOLERANCE = 1e-3
@@ -73,13 +70,13 @@ class OnnxPlugin:
         ModelTagsError
             The graph was trained for other columns or another period.
         """
-        content, where = read_graph(params)
-        model = graph_model(content, where, {"stride": params.stride})
+        where = params.model
+        model = graph_model(read_graph(where, params.sha256), where, {"stride": params.stride})
         method = self.open(model, record.tags)
         require_period(method.contract, record.period_ns, where)
         return model
 
-    def open(self, model: MethodModel, columns: Sequence[Tag]) -> OnnxMethod:
+    def open(self, model: MethodModel, columns: Sequence[Tag]) -> WindowMethod | StepMethod:
         """Make the method for rows of these columns, in any order; more than needed are passed over.
 
         Raises
@@ -95,54 +92,10 @@ class OnnxPlugin:
             raise ModelFileError("the model holds no graph (array `onnx`)", where=where,
                                  next_step="fit the monitor again")
         content = np.asarray(array, np.uint8).tobytes()
-        _check_hash(content, str(model.params.get("sha256", "")), where)
+        check_hash(content, str(model.params.get("sha256", "")), where)
         session, contract = load(content, where)
         kind = StepMethod if contract.kind == "step" else WindowMethod
         return kind(session, contract, columns, int(model.params.get("stride", 1)), where)
-
-
-def read_graph(params: OnnxParams) -> tuple[bytes, str]:
-    """Return (content, name for messages) of the file that the parameters name; its hash is checked.
-
-    Raises
-    ------
-    ModelFileError
-        The file is missing or altered.
-    """
-    name = params.model
-    if not name:
-        raise ModelFileError("no graph is named", where="onnx: model", next_step="set `model` to an ONNX file")
-    path = _bundled(name) if name.startswith(BUNDLED) else Path(name)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ModelFileError(f"the file cannot be read ({error.strerror or error})", where=name,
-                             next_step="check `model`; paths count from the configuration file") from error
-    _check_hash(content, params.sha256, name)
-    return content, name
-
-
-def _bundled(name: str) -> Path:
-    try:
-        spec = find_spec("opcua_detector.plugins")
-    except ModuleNotFoundError:
-        spec = None
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    known: list[str] = []
-    for folder in folders:
-        models = Path(folder) / _BUNDLED_FOLDER
-        path = models / f"{name.removeprefix(BUNDLED)}.onnx"
-        known += sorted(BUNDLED + one.stem for one in models.glob("*.onnx"))
-        if path.stem and path.parent == models and path.is_file():
-            return path
-    raise ModelFileError("no such graph ships with the product", where=name,
-                         next_step=f"choose out of {', '.join(known)}" if known else "install opcua-detector again")
-
-
-def _check_hash(content: bytes, expected: str, where: str) -> None:
-    if expected and (found := hashlib.sha256(content).hexdigest()) != expected.lower():
-        raise ModelFileError(f"the graph was altered: sha256 is {found}, expected {expected.lower()}", where=where,
-                             next_step="get the file again from where it was made, or correct `sha256`")
 
 
 def graph_model(content: bytes, where: str, params: Mapping[str, Any]) -> MethodModel:
@@ -170,103 +123,6 @@ def require_period(contract: GraphContract, period_ns: int, where: str) -> None:
             f"the graph was trained for a row each {contract.period_ns / 1e6:g} ms, these come each "
             f"{period_ns / 1e6:g} ms", where=where,
             next_step=f"set the group's period to {contract.period_ns / 1e6:g} ms, or train the graph for this one")
-
-
-# -- the session ---------------------------------------------------------------------------------------------------
-
-
-def load(content: bytes, where: str) -> tuple[ort.InferenceSession, GraphContract]:
-    """Open a graph on one thread and check it against what it says of itself.
-
-    Raises
-    ------
-    ModelFileError
-        Truncated, not ONNX, without metadata, or with other inputs and outputs than the metadata states.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4
-    try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a type of its own for each way in which a file can be wrong
-        raise ModelFileError(f"onnxruntime cannot open the graph: {error}", where=where,
-                             next_step="the file is truncated or no ONNX graph; export or copy it again") from error
-    contract = read_props(session.get_modelmeta().custom_metadata_map, where)
-    _check_shapes(session, contract, where)
-    _probe(session, contract, where)
-    return session, contract
-
-
-def _check_shapes(session: ort.InferenceSession, contract: GraphContract, where: str) -> None:
-    inputs = {node.name: node for node in session.get_inputs()}
-    outputs = {node.name: node for node in session.get_outputs()}
-    n, n_out = len(contract.columns), len(contract.judged)
-
-    def require(node: Any, what: str, *shapes: tuple[int, ...]) -> None:
-        # A dimension may be open (a name or None); the probe shows what comes out of it.
-        shape = list(node.shape)
-        fits = any(len(shape) == 1 + len(s) and all(not isinstance(d, int) or d == want
-                                                    for d, want in zip(shape, (1, *s), strict=True)) for s in shapes)
-        if node.type != "tensor(float)" or not fits:
-            wanted = " or ".join(f"float32[1 or batch, {', '.join(map(str, s))}]" for s in shapes)
-            raise ModelFileError(f"{what} {node.name} is {node.type} {shape}; the metadata implies {wanted}",
-                                 where=where, next_step="export the graph again in float32 with these shapes")
-
-    rows = [name for name in inputs if name not in contract.states]
-    missing = [name for name in contract.states if name not in inputs]
-    missing += [name for name in (RESIDUAL, *contract.states.values()) if name not in outputs]
-    if missing or len(rows) != 1:
-        raise ModelFileError(
-            f"the graph has inputs {list(inputs)} and outputs {list(outputs)}; it needs one input for rows, an output "
-            f"{RESIDUAL} and the states {dict(contract.states)}", where=where,
-            next_step="export the graph again with these names")
-    if contract.kind == "window":
-        if contract.states:
-            raise ModelFileError("a window graph has no states", where=where, next_step="export it as a step graph")
-        require(inputs[rows[0]], "input", (contract.window, n), (contract.window * n,))
-    else:
-        require(inputs[rows[0]], "input", (n,))
-    for name in (RESIDUAL, PREDICTION):
-        if name in outputs:
-            require(outputs[name], "output", (n_out,))
-    for source, target in contract.states.items():
-        shape = inputs[source].shape
-        if (inputs[source].type, shape) != (outputs[target].type, outputs[target].shape) \
-                or inputs[source].type != "tensor(float)" or not all(isinstance(d, int) and d > 0 for d in shape):
-            raise ModelFileError(
-                f"state {source} {inputs[source].type} {shape} does not match {target} {outputs[target].type} "
-                f"{outputs[target].shape}", where=where, next_step="export states of one fixed float32 shape")
-
-
-def _probe(session: ort.InferenceSession, contract: GraphContract, where: str) -> None:
-    """Run the graph once on zeros, so that what it cannot do is known before the first row."""
-    feed = {}
-    for node in session.get_inputs():
-        shape = node.shape if node.name in contract.states else _rows_shape(node, contract)
-        feed[node.name] = np.zeros(shape, np.float32)
-    names = [node.name for node in session.get_outputs() if node.name in (RESIDUAL, PREDICTION)]
-    try:
-        got = session.run(names, feed)
-    except Exception as error:  # see `load`
-        raise ModelFileError(f"the graph does not run on one window of zeros: {error}", where=where,
-                             next_step="try the exported graph with onnxruntime where it was made") from error
-    for name, array in zip(names, got, strict=True):
-        if array.shape != (1, len(contract.judged)):
-            raise ModelFileError(f"output {name} has shape {list(array.shape)} for one window; the metadata implies "
-                                 f"[1, {len(contract.judged)}]", where=where, next_step="export the graph again")
-
-
-def _rows_shape(node: Any, contract: GraphContract) -> tuple[int, ...]:
-    """Return the shape of one window, or of one row, as this input wants it."""
-    n = len(contract.columns)
-    if contract.kind == "step":
-        return (1, n)
-    return (1, contract.window * n) if len(node.shape) == 2 else (1, contract.window, n)
-
-
-# -- the methods ---------------------------------------------------------------------------------------------------
 
 
 class OnnxMethod:
@@ -303,7 +159,7 @@ class OnnxMethod:
         own_only = set(contract.judged) if contract.residual == "forecast" else set()
         self._shared = np.array([name not in own_only for name in contract.columns])
         rows = next(i for i in session.get_inputs() if i.name not in contract.states)
-        self._rows_name, self._rows_shape = rows.name, _rows_shape(rows, contract)
+        self._rows_name, self._rows_shape = rows.name, rows_shape(rows, contract)
         self._batch = 1 if rows.shape[0] == 1 else _BATCH
         self._row = np.zeros(len(self._cols))
         self._absolute = np.zeros(len(self._cols))
@@ -399,7 +255,7 @@ class WindowMethod(OnnxMethod):
         x, ok = self._gate(values, valid)
         n, length = len(x), self.contract.window
         out = [np.full((n, len(self._outs)), np.nan) for _ in names]
-        whole = ok.all(axis=1)
+        whole: Bool = np.asarray(ok.all(axis=1))
         good = _run_before(whole, np.asarray(gap) != 0)
         spoken = good - self.memory
         rows = np.flatnonzero((spoken >= 0) & ok[:, self._shared].all(axis=1))
@@ -482,7 +338,7 @@ class StepMethod(OnnxMethod):
     def _judge(self, values: Float64, valid: UInt8, gap: UInt8, names: list[str]) -> list[Float64]:
         x, ok = self._gate(values, valid)
         out = [np.full((len(x), len(self._outs)), np.nan) for _ in names]
-        starts, whole = np.asarray(gap) != 0, ok.all(axis=1)
+        starts, whole = np.asarray(gap) != 0, np.asarray(ok.all(axis=1))
         wanted = [*names, *self.contract.states.values()]
         fresh = {name: np.zeros(a.shape, np.float32) for name, a in self._states[0].items()}
         states, good = fresh, 0

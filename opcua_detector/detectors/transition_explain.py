@@ -139,14 +139,15 @@ def _unseen_cause(
 
 
 def _column_causes(
-    model: MethodModel, rows: _Rows, i: int, kind: str, before: Int64, after: Int64, row: Int64, chosen: Int64,
-    parts: Callable[[Float64, NDArray[np.bool_], Float64, Float64, Float64], Float64],
+    model: MethodModel, rows: _Rows, i: int, kind: str, before: Int64, after: Int64, row: Int64,
+    chosen: Int64, parts: Callable[[Float64, NDArray[np.bool_], Float64, Float64, Float64], Float64],
 ) -> list[tuple[float, Cause]]:
     """Return one cause per column that is off while sensor i makes its transitions.
 
-    `parts` gives the evidence of each component, float64[m, n_e], at the `chosen` ones of the judged instants,
-    from w, its validity, lo, hi (all [m, n_e], scaled) and the tolerance [n_e]. The instant that is told is the
-    one with the largest evidence; for bounds the one farthest outside in the tag's unit, which a trend shows best.
+    `parts` gives the evidence of each component, float64[m, n_e], at the `chosen` ones of the judged
+    instants, from w, its validity, lo, hi (all [m, n_e], scaled) and the tolerance [n_e]. The instant that is
+    told is the one with the largest evidence; for bounds the one farthest outside in the tag's unit, which a
+    trend shows best.
     """
     a, step = model.arrays, int(model.params["step"])
     own, partners = int(np.flatnonzero(a["judged"])[i]), a["partners"][i]
@@ -168,10 +169,10 @@ def _column_causes(
         low = high = float("nan")
         if kind == "bound":
             low, high = _raw(a, j, lo[k, c]), _raw(a, j, hi[k, c])
+        situation = _situation(model, i, int(before[chosen[k]]), int(after[chosen[k]]))
         found.append((weight, Cause(
-            model.columns[j], kind, 0.0, observed=float(rows.raw[at[k, c], j]), normal_low=low, normal_high=high,
-            other=model.columns[own], **_situation(model, i, int(before[chosen[k]]), int(after[chosen[k]])),
-            source_ns=int(rows.source_ns[at[k, c]]),
+            model.columns[j], kind, 0.0, observed=float(rows.raw[at[k, c], j]), normal_low=low,
+            normal_high=high, other=model.columns[own], **situation, source_ns=int(rows.source_ns[at[k, c]]),
         )))
     return found
 
@@ -190,7 +191,7 @@ def _shape_parts(
     model: MethodModel, row: Int64, w: Float64, valid: NDArray[np.bool_], lo: Float64, hi: Float64,
     tolerance: Float64,
 ) -> Float64:
-    """Return float64[m, n_e]: part of each component in the distance from the nearest kept shape; rows sum to 1."""
+    """Return float64[m, n_e], rows sum to 1: parts in the distance from the nearest kept shape."""
     a = model.arrays
     part = np.zeros(w.shape)
     for k, ok in enumerate(valid):

@@ -19,9 +19,9 @@ N_SCALARS = 19
 PHASE_BOOT, PHASE_RUN = 0, 1
 
 # per tag, int64[N_TAG_INTS, n_tags]
-(STAMP, SLOT, STATUS, KNOWN, USED, GOOD_SLOT, HAS_GOOD, NEWEST_SLOT, SEEN, STEP, STEP_MIN, STEP_COUNT, JUDGED,
- POLICY) = range(14)
-N_TAG_INTS = 14
+(STAMP, SLOT, STATUS, KNOWN, USED, GOOD_SLOT, HAS_GOOD, NEWEST_SLOT, SEEN, STEP, STEP_MIN, STEP_MAX, STEP_COUNT,
+ JUDGED, POLICY) = range(15)
+N_TAG_INTS = 15
 POLICY_HOLD, POLICY_MASK, POLICY_STOP = 0, 1, 2
 
 # counters, uint64[N_COUNTERS]
@@ -38,7 +38,7 @@ N_COUNTERS = 18
 DONE, FULL, UNSORTED = 0, 1, 2
 
 FAR_PAST = -(2**62)
-STEP_WINDOW = 8  # samples over which a tag's shortest interval is learnt
+STEP_WINDOW = 8  # intervals over which it is learnt whether a tag reports evenly, and how often
 # Status words (Part 4, 7.39; Part 8, 6.3): what a cell says when it is not a fresh sample.
 WAITING = 0x80320000  # BadWaitingForInitialData: never received
 NO_COMMUNICATION = 0x80310000  # BadNoCommunication: older than max_hold
@@ -213,6 +213,7 @@ def _start_grid(st, tags, boot, counts):  # type: ignore[no-untyped-def]
         tags[NEWEST_SLOT, j] = st[ROW] - 1
         tags[STEP, j] = 1
         tags[STEP_MIN, j] = 2**62
+        tags[STEP_MAX, j] = 0
         tags[STEP_COUNT, j] = 0
     _count_missing(st, tags, tags.shape[1])
     st[PHASE] = PHASE_RUN
@@ -270,13 +271,15 @@ def _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value
         st[MISSING] -= 1
     tags[NEWEST_SLOT, j] = slot
     if tags[SEEN, j] == 1:
-        # The shortest interval over the last samples: a slow tag is not waited for before it can report.
+        # A tag of even intervals is not waited for before it can report; one that reports on change always is.
         tags[STEP, j] = min(tags[STEP, j], step)
         tags[STEP_MIN, j] = min(tags[STEP_MIN, j], step)
+        tags[STEP_MAX, j] = max(tags[STEP_MAX, j], step)
         tags[STEP_COUNT, j] += 1
         if tags[STEP_COUNT, j] >= STEP_WINDOW:
-            tags[STEP, j] = tags[STEP_MIN, j]
+            tags[STEP, j] = tags[STEP_MIN, j] if 4 * tags[STEP_MIN, j] >= 3 * tags[STEP_MAX, j] else 1
             tags[STEP_MIN, j] = 2**62
+            tags[STEP_MAX, j] = 0
             tags[STEP_COUNT, j] = 0
     tags[SEEN, j] = 1
     if slot < st[ROW]:
@@ -393,8 +396,11 @@ def close_rows(  # type: ignore[no-untyped-def]
             hole = slot - st[LAST_ANY] > st[MAX_HOLD]
         if stamp > st[NEWEST]:
             st[NEWEST] = stamp
-        if _close_due(st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts, hole,
-                      flush and not has):
+        pending = st[ROW] <= st[LAST_ANY]
+        overdue = st[NEWEST] >= st[ANCHOR] + st[ROW] * st[PERIOD] + st[PERIOD] // 2 + st[LATENESS]
+        if (overdue or (pending and (st[MISSING] == 0 or hole or flush))) and _close_due(
+                st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts, hole,
+                flush and not has):
             return FULL
         if not has:
             return DONE

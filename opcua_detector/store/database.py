@@ -100,8 +100,9 @@ class Store(EntryWriter):
         readonly : bool
             No lock, no writer thread; for looking at a store that another process may be writing.
         beside : bool
-            Write single entries and whole records (models, feedback, audit, `write_record`) beside the process
-            that records: the writer lock is not taken, and live recordings, runs and retention are refused.
+            Write single entries and whole records (models, feedback, audit, `write_record`) beside the
+            process that records: the writer lock is not taken; live recordings, runs and retention are
+            refused.
         commit_interval_s : float
             Longest wait between two commits (sooner where a ring is half full).
         ring_rows, ring_bytes : int
@@ -161,8 +162,9 @@ class Store(EntryWriter):
             lock.release()
             raise
         store = cls(where, rules, clock_ns, lock, writer, settings)
-        writer.submit(store._tidy, urgent=False)
         writer.start()
+        with suppress(TimeoutError):  # a locked file does not keep the process from starting
+            writer.submit(store._tidy).result(busy_timeout_s)
         if aside is not None:
             store.record_audit(AuditEntry("store", "damaged file set aside", {"renamed_to": str(aside)}))
         return store

@@ -306,7 +306,7 @@ class Recorder:
         return True
 
     def _aside(self, step: Callable[[], None]) -> None:
-        """Run a step that commits nothing of what was offered; it comes round again, so an error only waits."""
+        """Run a step that commits nothing of what was offered; it comes round again by itself."""
         try:
             step()
         except Exception as exc:
@@ -405,7 +405,6 @@ class Recorder:
         if self.settings.synchronous == "full":
             self.synced_seq = offered
         self._finish_tasks(rows, scored)
-        self._works()
 
     def _check_not_moved(self) -> None:
         """On POSIX a deleted file can still be written, and everything written is lost: look at the name."""
@@ -449,6 +448,7 @@ class Recorder:
             commits=self._counters.commits + 1,
             rejected=self._counters.rejected + rejected,
         )
+        self._works()  # before those who wait look at the state
         for task in batch:
             if task.future.cancelled():
                 continue
@@ -526,7 +526,7 @@ class Recorder:
         self._merge(conn, recording, done)
         now_ns = self._clock_ns()
         conn.execute("UPDATE recordings SET ended_ns = ? WHERE id = ?", (now_ns, done.id))
-        name = free_name(conn, recording.name)
+        name = free_name(conn, recording.first_name)
         added = conn.execute(
             "INSERT INTO recordings "
             "(name, group_name, server, tags, period_ns, started_ns, truth, keep, note) "

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 DAY_NS = 86_400_000_000_000
 HYSTERESIS = 0.95  # once over the quota, free a little more, so that not every batch starts a clean-up
-_LADDER_NS = (30 * DAY_NS, 7 * DAY_NS, DAY_NS, 3_600_000_000_000, 0)
+_LADDER_NS = (30 * DAY_NS, 7 * DAY_NS, DAY_NS, 3_600_000_000_000, -(1 << 61))  # the last: everything
 _BUCKETS_PER_STEP = 2000
 
 

@@ -134,6 +134,7 @@ class Recording:
         self, recording_id: int, name: str, tags: tuple[Tag, ...], period_ns: int, ring: RowRing
     ) -> None:
         self.id, self.name, self.tags, self.period_ns, self.ring = recording_id, name, tags, period_ns, ring
+        self.first_name = name
         # the writer's own, as of the last commit
         self.last_ns = -(1 << 63)
         self.small_rows = self.small_chunks = 0

@@ -119,7 +119,8 @@ def trailing_mean(rows, window):
     known = np.isfinite(rows)
     total = np.cumsum(np.where(known, rows, 0.0), axis=1)
     count = np.cumsum(known, axis=1)
-    total[:, window:], count[:, window:] = total[:, window:] - total[:, :-window], count[:, window:] - count[:, :-window]
+    for sums in (total, count):
+        sums[:, window:] = sums[:, window:] - sums[:, :-window]
     return total / np.maximum(count, 1)
 
 

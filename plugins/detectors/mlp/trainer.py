@@ -207,7 +207,7 @@ def _robust_linear(z: Float64, y: Float64) -> tuple[Float64, Float64]:
         error = np.abs(y - z @ beta)
         unit = np.median(error, axis=0) + 1e-300
         weight = 1.0 / (1.0 + ((error / (CAUCHY * unit)) ** 2).mean(axis=1))
-    return beta, unit
+    return np.asarray(beta, np.float64), np.asarray(unit, np.float64)
 
 
 def _export(torch: Any, record: Record, judged: Any, weights: dict[str, Any], params: MlpParams) -> bytes:
@@ -259,7 +259,7 @@ def fold(torch: Any, weights: dict[str, Any], judged: Any, window: int) -> dict[
 def torch_graph(torch: Any, folded: dict[str, Float64]) -> Any:
     """Return the torch module that is exported: float32[batch, window + 1, n] -> (residual, prediction)."""
 
-    class Forecaster(torch.nn.Module):  # type: ignore[misc, name-defined]
+    class Forecaster(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             for name, array in folded.items():
@@ -279,5 +279,6 @@ def _need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise PluginError(f"training needs {module}, which is not installed", where="plugin mlp",
-                          next_step="pip install 'opcua-detector[train]'; running a trained model needs neither") from error
+        raise PluginError(
+            f"training needs {module}, which is not installed", where="plugin mlp",
+            next_step="pip install opcua-detector[train]; running a trained model does not need it") from error

@@ -1,0 +1,152 @@
+"""From causes to words: one sentence an operator can act on, never too long, never with a number that is none."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opcua_detector.api import Cause, Tag
+from opcua_detector.explain import motion, number, rank, sentence
+from opcua_detector.nodes import EXPLANATION_CHARS
+
+NAN = math.nan
+TAGS = {"u": Tag("u", unit="V", decimals=0), "theta": Tag("theta", unit="rad")}
+SPANS = {"u": 40.0, "theta": 2.0}
+FALLS_SLOWLY = {"other": "theta", "from_range": (0.5, 0.7), "to_range": (0.3, 0.5), "step_s": 0.2}
+OUT_OF_BOUNDS = Cause("u", "bound", 0.9, 31.2, -7.6, 12.3, **FALLS_SLOWLY)
+
+
+def said(cause):
+    return sentence(cause, TAGS, SPANS)
+
+
+def test_a_value_out_of_its_bounds_is_told_with_the_situation_and_what_is_normal_there():
+    assert said(OUT_OF_BOUNDS) == "u is 31 V while theta falls slowly; normal there is -8 to 12 V"
+
+
+def test_a_tag_that_is_its_own_situation_is_called_it():
+    assert said(replace(OUT_OF_BOUNDS, other="u", to_range=(-9, -8))) == (
+        "u is 31 V while it falls slowly; normal there is -8 to 12 V")
+
+
+def test_a_value_out_of_its_bounds_without_a_situation_says_none():
+    assert said(replace(OUT_OF_BOUNDS, other="")) == "u is 31 V; normal is -8 to 12 V"
+
+
+def test_a_movement_never_seen_is_told_with_its_duration_and_where_it_ended():
+    cause = Cause("theta", "trans", 1.0, 0.91234, 0.1, 0.4, **{**FALLS_SLOWLY, "other": "theta"}, seen=False)
+    assert said(cause) == (
+        "theta went within 0.2 s to 0.91 rad, a movement never seen; normal from there is 0.10 to 0.40 rad")
+    assert said(replace(cause, normal_low=NAN)) == (
+        "theta went within 0.2 s to 0.91 rad, a movement never seen in healthy operation")
+    assert said(replace(cause, step_s=NAN, observed=NAN, normal_low=NAN)) == (
+        "theta made a movement never seen in healthy operation")
+
+
+def test_a_pattern_never_seen_is_told_with_both_tags():
+    cause = Cause("u", "conf", 1.0, 31.0, **FALLS_SLOWLY)
+    assert said(cause) == "u is 31 V while theta falls slowly, a pattern never seen in healthy operation"
+    assert said(replace(cause, other="u", to_range=(30, 31))) == "u rises fast in a way never seen in healthy operation"
+
+
+def test_a_forecast_that_failed_is_told_with_what_was_expected():
+    assert said(Cause("u", "forecast", 1.0, 31.0, 8.0, 12.0)) == "u is 31 V; expected from the last rows is 8 to 12 V"
+
+
+@pytest.mark.parametrize("kind", ["bound", "forecast", "anything"])
+def test_a_cause_without_figures_still_names_the_tag(kind):
+    assert said(Cause("u", kind, 1.0)) == "something is wrong with u"
+    assert said(Cause("u", kind, 1.0, 31.0)) == "something is wrong with u, it is 31 V"
+
+
+def test_a_tag_that_the_model_does_not_know_is_told_without_unit():
+    assert said(Cause("w", "bound", 1.0, 1234.5678, 0.001, 2.0)) == "w is 1235; normal is 0.001 to 2"
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "span", "text"), [
+    (1234.567, 5000.0, "1235"), (31.2345, 40.0, "31.2"), (0.91234, 2.0, "0.91"), (0.0123456, 0.02, "0.0123"),
+    (-0.001, 40.0, "0.0"), (1e-12, 1e-11, "0.000000000"), (5e20, 40.0, "5e+20"), (NAN, 40.0, "?"), (math.inf, 1.0, "?"),
+    (1234.5678, NAN, "1235"), (0.00012345, 0.0, "0.0001234"),
+])
+def test_decimals_follow_the_usual_span_of_the_tag(value, span, text):
+    assert number(value, None, span) == text
+
+
+def test_decimals_that_the_tag_states_win_over_its_span():
+    assert number(0.91234, Tag("x", decimals=3), 5000.0) == "0.912"
+    assert number(-0.2, Tag("x", decimals=0)) == "0"
+
+
+def test_observed_and_limit_are_told_apart_where_rounding_would_make_them_equal():
+    text = sentence(Cause("x", "bound", 1.0, 12.04, 2.0, 12.01), {}, {"x": 40.0})
+    assert text == "x is 12.04; normal is 2.00 to 12.01"
+
+
+def test_a_range_of_one_value_is_told_as_one_value():
+    assert sentence(Cause("x", "bound", 1.0, 37.0, 41.0, 41.0), {}, {"x": 40.0}) == "x is 37.0; normal is 41.0"
+
+
+@pytest.mark.parametrize(("start", "end", "words"), [
+    ((0, 0.1), (0.05, 0.1), "is steady"), ((0, 0.1), (0.3, 0.4), "rises slowly"), ((0, 0.1), (1.0, 1.1), "rises fast"),
+    ((0.3, 0.4), (0, 0.1), "falls slowly"), ((1.9, 2), (0, 0.1), "falls fast"),
+    ((-math.inf, 0.0), (0.2, 0.4), "rises slowly"), ((1.0, math.inf), (0.2, 0.4), "falls fast"),
+    ((-math.inf, math.inf), (0, 1), "moves"), ((NAN, NAN), (0, 1), "moves"),
+])
+def test_motion_is_judged_by_the_usual_span_of_the_tag_that_moves(start, end, words):
+    assert motion(Cause("u", "bound", 1.0, other="theta", from_range=start, to_range=end), SPANS) == words
+
+
+def test_motion_of_a_tag_without_a_usual_span_is_just_motion():
+    assert motion(replace(OUT_OF_BOUNDS, other="w"), SPANS) == "moves"
+
+
+names = st.sampled_from(["u", "theta", "w", "a" * 64])
+floats = st.floats(allow_nan=True, allow_infinity=True)
+causes = st.builds(
+    Cause, names, st.sampled_from(["trans", "bound", "conf", "forecast", "other"]), floats, floats, floats, floats,
+    st.one_of(names, st.just("")), st.tuples(floats, floats), st.tuples(floats, floats), floats, st.integers(),
+    st.booleans())
+tag_tables = st.dictionaries(names, st.builds(
+    Tag, names, unit=st.sampled_from(["", "V", "kg" * 90]), decimals=st.one_of(st.none(), st.integers(0, 15))))
+
+
+@settings(deadline=None, derandomize=True, max_examples=500)
+@given(causes, tag_tables, st.dictionaries(names, floats))
+def test_any_cause_gives_a_sentence_of_at_most_200_characters_without_a_broken_number(cause, tags, spans):
+    text = sentence(cause, tags, spans)
+    assert 0 < len(text) <= EXPLANATION_CHARS
+    assert not re.search(r"\b(nan|inf)\b|\?|  | while  |None", text)
+
+
+# -- ranking ----------------------------------------------------------------------------------------------------
+
+
+def test_causes_of_the_tag_that_carries_the_score_come_first():
+    weak, strong = Cause("u", "bound", 0.1), Cause("theta", "bound", 0.9)
+    assert rank([(1.0, strong), (1.0, weak)], ["u", "theta"], {}) == (weak, strong)
+    assert rank([(1.0, strong), (1.0, weak)], ["u"], {}) == (weak, strong)
+
+
+def test_causes_of_one_tag_are_ranked_by_the_weight_of_the_method_and_their_share():
+    small, large = Cause("u", "bound", 0.4), Cause("u", "conf", 0.6)
+    assert rank([(1.0, small), (1.0, large)], ["u"], {}) == (large, small)
+    assert rank([(1.0, small), (0.3, large)], ["u"], {}) == (small, large)
+
+
+def test_a_column_is_ranked_with_the_tag_it_was_made_of():
+    of_angle, of_other = Cause("sin(phi)", "bound", 0.1), Cause("u", "bound", 0.9)
+    assert rank([(1.0, of_other), (1.0, of_angle)], ["phi", "u"], {"sin(phi)": "phi"}) == (of_angle, of_other)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.lists(st.tuples(st.sampled_from([0.3, 1.0]), causes), max_size=8), st.lists(names, unique=True))
+def test_ranking_loses_and_invents_no_cause(found, top):
+    assert sorted(map(repr, rank(found, top, {}))) == sorted(repr(cause) for _, cause in found)
