@@ -32,7 +32,9 @@ from .explain import rank, sentence
 from .kernels.score import BOUND, CONF, SCORE, TRANS
 from .model import NormalityModel
 
-_QUALITY = {GOOD: "Good", BAD_WAITING_FOR_INITIAL_DATA: "warming up", BAD_DATA_UNAVAILABLE: "operating state not learnt"}
+_QUALITY = {
+    GOOD: "Good", BAD_WAITING_FOR_INITIAL_DATA: "warming up", BAD_DATA_UNAVAILABLE: "operating state not learnt",
+}
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class Monitor:
         share[:] = 0.0
         if not score >= 0.5:
             return
-        np.add.at(share, self._channel_tag, self._scorer.channel_shares(state))
+        # Not np.add.at, which takes a buffer of 5 kB.
+        share[:] = np.bincount(self._channel_tag, self._scorer.channel_shares(state), len(share))
         total = share.sum()
         if total > 0:
             share /= total

@@ -73,8 +73,15 @@ def sentence(cause: Cause, tags: Mapping[str, Tag], spans: Mapping[str, float]) 
         state = f"is {now}" if now else "does not fit"
         text = f"{cause.tag} {state}{situation}, a pattern never seen in healthy operation"
     elif cause.kind == "forecast" and has_range and now:
-        text = f"{cause.tag} is {now}; expected from the last rows is {normal}"
+        text = f"{cause.tag} is {now}; its past and the other tags predict {normal}{_times(cause)}"
     return text if len(text) <= EXPLANATION_CHARS else text[: EXPLANATION_CHARS - 3] + "..."
+
+
+def _times(cause: Cause) -> str:
+    """Say how far off a forecast is, in half widths of its usual range; empty where that says little."""
+    half = (cause.normal_high - cause.normal_low) / 2
+    times = abs(cause.observed - (cause.normal_high + cause.normal_low) / 2) / half if half > 0 else math.inf
+    return f", {times:.0f} times the usual error" if 1.5 <= times < 1000 else ""
 
 
 def _numbers(cause: Cause, tag: Tag | None, span: float) -> tuple[str, str, str]:

@@ -157,5 +157,7 @@ def _report(
 def _stretches(stat: Float64, source_ns: Int64, window: int, group: str) -> list[tuple[int, int, float, str]]:
     """Return (from_ns, to_ns, how many times the usual level, group) of stretches unlike the rest."""
     usual = max(float(np.nanmedian(stat)), 0.1)
-    return [(int(source_ns[max(0, run[0] - window + 1)]), int(source_ns[run[-1]]), float(stat[run].max() / usual), group)
-            for run in unlike_the_rest(stat, window)]
+    return [
+        (int(source_ns[max(0, run[0] - window + 1)]), int(source_ns[run[-1]]), float(stat[run].max() / usual), group)
+        for run in unlike_the_rest(stat, window)
+    ]

@@ -66,7 +66,9 @@ class FrameBuilder:
     counts : uint64[len(COUNTERS)]; see `COUNTERS`
     """
 
-    def __init__(self, tags: Sequence[Tag], period_ns: int, lateness_ns: int, max_hold: int, *, rows: int = 64) -> None:
+    def __init__(
+        self, tags: Sequence[Tag], period_ns: int, lateness_ns: int, max_hold: int, *, rows: int = 64
+    ) -> None:
         if not tags or period_ns < 2 or lateness_ns < 0 or max_hold < 1:
             raise ValueError("at least one tag, period >= 2 ns, lateness >= 0 and max_hold >= 1")
         n = len(tags)
@@ -74,7 +76,11 @@ class FrameBuilder:
         self.period_ns, self.lateness_ns, self.max_hold = int(period_ns), int(lateness_ns), int(max_hold)
         self.counts = np.zeros(_k.N_COUNTERS, np.uint64)
         state = np.zeros(_k.N_SCALARS, np.int64)
-        state[_k.PERIOD], state[_k.LATENESS], state[_k.MAX_HOLD] = self.period_ns, self.lateness_ns, self.max_hold
+        state[_k.PERIOD], state[_k.LATENESS], state[_k.MAX_HOLD] = (
+            self.period_ns,
+            self.lateness_ns,
+            self.max_hold,
+        )
         state[_k.NEWEST], state[_k.GAP_NEXT], state[_k.BOOT_SPAN] = _k.FAR_PAST, 1, START_PERIODS
         per_tag = np.zeros((_k.N_TAG_INTS, n), np.int64)
         per_tag[_k.STAMP], per_tag[_k.USED], per_tag[_k.STEP] = _k.FAR_PAST, 1, 1
@@ -199,13 +205,27 @@ class FrameBuilder:
         if self._losing:
             result = _k.lose_connection(*self._inner, *self._outer)
         else:
-            result = _k.close_rows(*self._inner, *self._boot, *self._outer, *self._input, self._position,
-                                   self._watermark, self._flush)
+            result = _k.close_rows(
+                *self._inner,
+                *self._boot,
+                *self._outer,
+                *self._input,
+                self._position,
+                self._watermark,
+                self._flush,
+            )
             if result == _k.UNSORTED:
                 order = np.argsort(self._input[1], kind="stable")
                 self._input = tuple(part[order] for part in self._input)  # type: ignore[assignment]
-                result = _k.close_rows(*self._inner, *self._boot, *self._outer, *self._input, self._position,
-                                       self._watermark, self._flush)
+                result = _k.close_rows(
+                    *self._inner,
+                    *self._boot,
+                    *self._outer,
+                    *self._input,
+                    self._position,
+                    self._watermark,
+                    self._flush,
+                )
         if result == _k.DONE:
             self._more = self._flush = self._losing = False
             self._watermark = _k.FAR_PAST
@@ -220,8 +240,15 @@ class FrameBuilder:
 
 
 def rows_from_samples(
-    tags: Sequence[Tag], period_ns: int, tag_index: ArrayLike, source_ns: ArrayLike, value: ArrayLike,
-    status: ArrayLike | None = None, *, lateness_ns: int | None = None, max_hold: int = 20,
+    tags: Sequence[Tag],
+    period_ns: int,
+    tag_index: ArrayLike,
+    source_ns: ArrayLike,
+    value: ArrayLike,
+    status: ArrayLike | None = None,
+    *,
+    lateness_ns: int | None = None,
+    max_hold: int = 20,
     counts: dict[str, int] | None = None,
 ) -> Record:
     """Return the rows of a whole set of samples by the rule of time (history, recordings).
@@ -233,10 +260,16 @@ def rows_from_samples(
     order = np.argsort(stamps, kind="stable")
     words = np.zeros(len(stamps), np.uint32) if status is None else np.asarray(status, dtype=np.uint32)
     rows = int(min(8192, max(64, len(stamps))))
-    builder = FrameBuilder(tags, period_ns, period_ns if lateness_ns is None else lateness_ns, max_hold, rows=rows)
+    builder = FrameBuilder(
+        tags, period_ns, period_ns if lateness_ns is None else lateness_ns, max_hold, rows=rows
+    )
     chunks: list[tuple[Int64, Float64, UInt8]] = []
-    builder.push(np.ascontiguousarray(np.asarray(tag_index, dtype=np.int32)[order]), np.ascontiguousarray(stamps[order]),
-                 np.ascontiguousarray(np.asarray(value, dtype=np.float64)[order]), np.ascontiguousarray(words[order]))
+    builder.push(
+        np.ascontiguousarray(np.asarray(tag_index, dtype=np.int32)[order]),
+        np.ascontiguousarray(stamps[order]),
+        np.ascontiguousarray(np.asarray(value, dtype=np.float64)[order]),
+        np.ascontiguousarray(words[order]),
+    )
     chunks.append(builder._chunk())
     while builder._refill():
         chunks.append(builder._chunk())
@@ -250,14 +283,28 @@ def rows_from_samples(
     gap = grid[1].astype(np.uint8)
     if len(gap):
         gap[0] = 1
-    return Record(tuple(tags), int(period_ns), np.ascontiguousarray(grid[0]),
-                  np.concatenate([c[1] for c in chunks]), np.concatenate([c[2] for c in chunks]), gap)
+    return Record(
+        tuple(tags),
+        int(period_ns),
+        np.ascontiguousarray(grid[0]),
+        np.concatenate([c[1] for c in chunks]),
+        np.concatenate([c[2] for c in chunks]),
+        gap,
+    )
 
 
 def record_from_columns(
-    source_ns: ArrayLike, values: ArrayLike, tags: Sequence[Tag | str], period_ns: int | None = None, *,
-    lateness_ns: int | None = None, max_hold: int = 20, valid: ArrayLike | None = None,
-    truth: ArrayLike | None = None, where: str = "", counts: dict[str, int] | None = None,
+    source_ns: ArrayLike,
+    values: ArrayLike,
+    tags: Sequence[Tag | str],
+    period_ns: int | None = None,
+    *,
+    lateness_ns: int | None = None,
+    max_hold: int = 20,
+    valid: ArrayLike | None = None,
+    truth: ArrayLike | None = None,
+    where: str = "",
+    counts: dict[str, int] | None = None,
 ) -> Record:
     """Return the rows of a table that has one line per stamp (CSV, recording) by the rule of time.
 
@@ -275,8 +322,11 @@ def record_from_columns(
     named = tuple(tag if isinstance(tag, Tag) else Tag(tag) for tag in tags)
     n, n_tags = len(stamps), len(named)
     if cells.shape != (n, n_tags):
-        raise RecordError(f"{n} stamps and {n_tags} tags, but values of shape {cells.shape}", where=where,
-                          next_step="give one value per stamp and tag")
+        raise RecordError(
+            f"{n} stamps and {n_tags} tags, but values of shape {cells.shape}",
+            where=where,
+            next_step="give one value per stamp and tag",
+        )
     if n == 0:
         raise RecordError("the table has no rows", where=where, next_step="check the file or the time range")
     wrong = np.flatnonzero(np.diff(stamps) <= 0)
@@ -284,8 +334,10 @@ def record_from_columns(
         i = int(wrong[0]) + 1
         raise RecordError(
             f"row {i} (counting from 0) is stamped {iso_utc(int(stamps[i]))}, not after row {i - 1} "
-            f"at {iso_utc(int(stamps[i - 1]))}; {len(wrong)} such row(s)", where=where,
-            next_step="sort the rows by time and remove those with equal stamps")
+            f"at {iso_utc(int(stamps[i - 1]))}; {len(wrong)} such row(s)",
+            where=where,
+            next_step="sort the rows by time and remove those with equal stamps",
+        )
     if period_ns is None:
         if n < 2:
             raise RecordError("one row has no period", where=where, next_step="give the period")
@@ -300,13 +352,28 @@ def record_from_columns(
         status = np.column_stack([status, np.zeros(n, np.uint32)])
     wide = len(columns)
     record = rows_from_samples(
-        columns, period_ns, np.tile(np.arange(wide, dtype=np.int32), n), np.repeat(stamps, wide), cells.ravel(),
-        status.ravel(), lateness_ns=lateness_ns, max_hold=max_hold, counts=counts)
+        columns,
+        period_ns,
+        np.tile(np.arange(wide, dtype=np.int32), n),
+        np.repeat(stamps, wide),
+        cells.ravel(),
+        status.ravel(),
+        lateness_ns=lateness_ns,
+        max_hold=max_hold,
+        counts=counts,
+    )
     if truth is None:
         return record
     labels = np.where(np.isfinite(record.values[:, -1]), record.values[:, -1], 0).astype(np.uint8)
-    return Record(named, record.period_ns, record.source_ns, np.ascontiguousarray(record.values[:, :-1]),
-                  np.ascontiguousarray(record.valid[:, :-1]), record.gap, labels)
+    return Record(
+        named,
+        record.period_ns,
+        record.source_ns,
+        np.ascontiguousarray(record.values[:, :-1]),
+        np.ascontiguousarray(record.valid[:, :-1]),
+        record.gap,
+        labels,
+    )
 
 
 def iso_utc(stamp_ns: int) -> str:

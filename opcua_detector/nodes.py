@@ -81,10 +81,8 @@ _PLACEHOLDER = {"Boolean": "false", "String": "", "DateTime": "1970-01-01T00:00:
 
 
 def _variable_type(node: ResultNode) -> str:
-    """Type definition: AnalogItemType i=2368 with a range, TwoStateDiscreteType i=2373, else BaseDataVariableType."""
-    if node.eu_range is not None and not node.array:
-        return "i=2368"
-    return "i=63"
+    """Type definition: AnalogItemType i=2368 with a range, else BaseDataVariableType i=63."""
+    return "i=2368" if node.eu_range is not None and not node.array else "i=63"
 
 
 def _value(parent: ET.Element, node: ResultNode) -> None:

@@ -21,7 +21,7 @@ from .client import Finding, GroupFeed, LinkState, Session, WriteBack, check_out
 from .config import Config, MonitorConfig
 from .engine import Engine, Monitor
 from .model import load as load_model
-from .nodes import STATE_TEXTS, TOP, State
+from .nodes import NO_SCORE, STATE_TEXTS, TOP, State
 from .store import Event, Retention, Store
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class MonitorRun:
         """Return what changes with every row."""
         return {
             "Score": verdict.score, "IsAnomaly": verdict.alert, "Severity": verdict.severity, "State": self.state,
-            "EventNo": verdict.event_no, "RTrans": verdict.r_trans, "RBound": verdict.r_bound,
-            "RConf": verdict.r_conf, "Residuals": verdict.residual, "Contributions": verdict.contribution,
+            "EventNo": verdict.event_no, "RTrans": known(verdict.r_trans), "RBound": known(verdict.r_bound),
+            "RConf": known(verdict.r_conf), "Residuals": verdict.residual, "Contributions": verdict.contribution,
             "LastUpdate": verdict.source_ns, "LastUpdateText": iso(verdict.source_ns), "LatencyMs": self.latency_ms,
         }
 
@@ -190,10 +190,9 @@ class Service:
             await self.sessions[server].attach(back)
         for group_name, items in monitors.items():
             for item, monitor in items:
-                monitor.continue_events(self.store.last_event_no(item.name))
                 record_model(self.store, monitor.model, model_path(self.config_file, item))
-                back = self._backs.get(item.outputs.server) if item.outputs else None
-                self.runs[item.name] = MonitorRun(item, monitor, back)
+                writer = self._backs.get(item.outputs.server) if item.outputs else None
+                self.runs[item.name] = MonitorRun(item, monitor, writer)
             await self._start_group(group_name, [self.runs[item.name] for item, _ in items])
 
     async def _start_group(self, name: str, runs: list[MonitorRun]) -> None:
@@ -201,6 +200,8 @@ class Service:
         group = self.config.group(name)
         engine = Engine([run.monitor for run in runs])
         _warm(engine, len(group.tags))
+        for run in runs:
+            run.monitor.continue_events(self.store.last_event_no(run.config.name))
         if self.config.store.record:
             self._recordings[name] = self.store.start_recording(
                 None, group_tags(group), group.period, group=name, server=group.server)
@@ -243,7 +244,7 @@ class Service:
             store, self.store = self.store, None
             try:
                 if store.run_id:
-                    store.end_run(reason)
+                    store.end_run(reason, timeout_s=5.0)
             finally:
                 store.close()
 
@@ -337,6 +338,11 @@ class Service:
                                         "Quality": f"Bad: no connection to {server}"})
 
 
+def known(residual: float) -> float:
+    """Return a residual, or -1 where there is none: many PLCs and HMIs take NaN badly."""
+    return NO_SCORE if math.isnan(residual) else residual
+
+
 def state_of(verdict: Verdict) -> int:
     """Return the `State` that a verdict means."""
     if verdict.status == BAD_DATA_UNAVAILABLE:
@@ -382,7 +388,8 @@ def config_hash(file: Path) -> str:
 
 def iso(source_ns: int) -> str:
     """Return a SourceTimestamp as ISO 8601 text, UTC, microseconds."""
-    return datetime.fromtimestamp(source_ns // 1000 / 1e6, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    text = datetime.fromtimestamp(source_ns // 1000 / 1e6, UTC).isoformat(timespec="microseconds")
+    return text.replace("+00:00", "Z")
 
 
 def _warm(engine: Engine, n_tags: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from opcua_detector.api import Cause, Channel, Float64, Int64, MethodModel, Record, Tag, UInt8
+from opcua_detector.detectors.onnx_model import OnnxParams, OnnxPlugin
 from opcua_detector.detectors.transition import TransitionParams, TransitionPlugin
 from opcua_detector.engine import AlertSettings, Engine, Monitor, frames_of
 from opcua_detector.errors import ModelTagsError
@@ -120,6 +121,39 @@ def lorenz_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) 
     """A fresh monitor on the shared Lorenz model, for frames of these tags."""
     model, _ = lorenz_fit()
     return Monitor("lorenz", model, [TransitionPlugin().open(model.methods[0], model.plan.columns)], tags, alert)
+
+
+@cache
+def _sharp_model() -> NormalityModel:
+    """The shared Lorenz model with its limit at 1.5 times what 5000 fresh healthy rows reach."""
+    model, _ = lorenz_fit()
+    record = lorenz_rows(5000, 2)
+    method = TransitionPlugin().open(model.methods[0], model.plan.columns)
+    stats, _ = model.calibration.score_rows(
+        method.residuals(model.plan.prepare(record)), record.gap, np.zeros(len(record), np.int64))
+    limit = 1.5 * np.nanmax(stats, axis=0)[None]
+    return replace(model, calibration=replace(model.calibration, limit=limit))
+
+
+def sharp_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) -> Monitor:  # noqa: B008 - frozen
+    """As `lorenz_monitor`, for tests of alerts that must not depend on how the limit is chosen."""
+    model = _sharp_model()
+    return Monitor("lorenz", model, [TransitionPlugin().open(model.methods[0], model.plan.columns)], tags, alert)
+
+
+@cache
+def _both_methods() -> NormalityModel:
+    methods = [("transition", TransitionPlugin(), TransitionParams()),
+               ("onnx", OnnxPlugin(), OnnxParams(model="bundled:lorenz"))]
+    return fit_monitor("lorenz", lorenz_rows(40_000, 1), methods)[0]
+
+
+def product_monitor(tags: Sequence[Tag]) -> Monitor:
+    """A monitor as `configs/lorenz.yaml` makes it: both methods, their limit, 40 000 healthy rows."""
+    model = _both_methods()
+    columns = model.plan.columns
+    methods = [TransitionPlugin().open(model.methods[0], columns), OnnxPlugin().open(model.methods[1], columns)]
+    return Monitor("lorenz", model, methods, tags)
 
 
 def deviation_monitor(

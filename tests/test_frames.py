@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from opcua_detector.api import Frame, Record, Tag, TagKind
 from opcua_detector.errors import RecordError
-from opcua_detector.frames import COUNTERS, START_PERIODS, FrameBuilder, record_from_columns, rows_from_samples
+from opcua_detector.frames import (
+    COUNTERS,
+    START_PERIODS,
+    FrameBuilder,
+    record_from_columns,
+    rows_from_samples,
+)
 
 P = 100_000_000  # 100 ms
 T0 = 1_700_000_000_000_000_000
@@ -24,7 +30,7 @@ OVERFLOW = 0x480
 DISPOSED = ("used", "late", "duplicate", "replaced", "skipped")
 
 
-# --- slow twin ----------------------------------------------------------------------------------------------------
+# --- slow twin ---
 
 
 @dataclass
@@ -74,7 +80,7 @@ class Twin:
 
     def start(self) -> None:
         first = self.kept[self.first][1]
-        phases = sorted((s[1] - first) % self.period for s in self.kept[self.first:])
+        phases = sorted((s[1] - first) % self.period for s in self.kept[self.first :])
         gaps = [(phases[0] + self.period - phases[-1], 0)]
         gaps += [(b - a, i + 1) for i, (a, b) in enumerate(itertools.pairwise(phases))]
         widest = max(g for g, _ in gaps)
@@ -179,12 +185,16 @@ class Twin:
             self.close(False, flush=True)
 
 
-# --- helpers ------------------------------------------------------------------------------------------------------
+# --- helpers ---
 
 
 def arrays(samples: list[tuple[int, int, float, int]]) -> tuple[np.ndarray, ...]:
-    return (np.array([s[0] for s in samples], np.int32), np.array([s[1] for s in samples], np.int64),
-            np.array([s[2] for s in samples], np.float64), np.array([s[3] for s in samples], np.uint32))
+    return (
+        np.array([s[0] for s in samples], np.int32),
+        np.array([s[1] for s in samples], np.int64),
+        np.array([s[2] for s in samples], np.float64),
+        np.array([s[3] for s in samples], np.uint32),
+    )
 
 
 def stream(builder: FrameBuilder, chunks: list[list[tuple[int, int, float, int]]]) -> list[tuple]:
@@ -199,7 +209,14 @@ def stream(builder: FrameBuilder, chunks: list[list[tuple[int, int, float, int]]
 
 
 def copied(frame: Frame) -> tuple:
-    return (frame.source_ns, frame.gap, frame.values.tobytes(), frame.valid.tobytes(), frame.status.tobytes(), frame.seq)
+    return (
+        frame.source_ns,
+        frame.gap,
+        frame.values.tobytes(),
+        frame.valid.tobytes(),
+        frame.status.tobytes(),
+        frame.seq,
+    )
 
 
 def accounted(builder: FrameBuilder) -> int:
@@ -209,18 +226,25 @@ def accounted(builder: FrameBuilder) -> int:
 
 def lorenz_like(n: int, seed: int) -> np.ndarray:
     """Two smooth signals, float64[n, 2]."""
-    t = np.arange(n) * .1 + seed
-    return np.column_stack([np.sin(t), np.cos(.7 * t)])
+    t = np.arange(n) * 0.1 + seed
+    return np.column_stack([np.sin(t), np.cos(0.7 * t)])
 
 
 MEASURED = [Tag("a"), Tag("b")]
 
 
-# --- properties ---------------------------------------------------------------------------------------------------
+# --- properties ---
 
 tags_strategy = st.lists(
-    st.builds(Tag, name=st.just("t"), kind=st.sampled_from([TagKind.MEASURED, TagKind.SETPOINT, TagKind.COUNTER]),
-              quality=st.sampled_from(["hold", "mask", "stop"])), min_size=1, max_size=4)
+    st.builds(
+        Tag,
+        name=st.just("t"),
+        kind=st.sampled_from([TagKind.MEASURED, TagKind.SETPOINT, TagKind.COUNTER]),
+        quality=st.sampled_from(["hold", "mask", "stop"]),
+    ),
+    min_size=1,
+    max_size=4,
+)
 
 
 @st.composite
@@ -290,10 +314,13 @@ def test_arrival_out_of_step_within_lateness_gives_the_rows_of_the_stamps(data: 
     delay = {j: int(rng.integers(0, lateness // 2)) for j in range(n_tags)}
     arrived = sorted(samples, key=lambda s: s[1] + delay[s[0]])
     expected = stream(FrameBuilder(tags, P, lateness, 20), [samples])
-    assert stream(FrameBuilder(tags, P, lateness, 20), [[s] for s in arrived])[START_PERIODS:] == expected[START_PERIODS:]
+    assert (
+        stream(FrameBuilder(tags, P, lateness, 20), [[s] for s in arrived])[START_PERIODS:]
+        == expected[START_PERIODS:]
+    )
 
 
-# --- the demand ---------------------------------------------------------------------------------------------------
+# --- the demand ---
 
 
 def test_jitter_and_skew_of_40_ms_at_100_ms_give_the_aligned_rows() -> None:
@@ -310,20 +337,24 @@ def test_jitter_and_skew_of_40_ms_at_100_ms_give_the_aligned_rows() -> None:
     assert abs(int(record.source_ns[0]) - int(grid[0])) < 10_000_000
     # a stamp at the very edge of its window may fall into the next row; all others are the aligned rows
     same = (record.values[: n - 1] == values[: n - 1]).mean()
-    assert same > .99, counts
+    assert same > 0.99, counts
 
 
 def test_change_only_reporting_gives_every_row_with_the_last_value_held() -> None:
     n = 3000
     values = np.round(lorenz_like(n, 2), 1)
-    samples = [(j, T0 + k * P, float(values[k, j]), GOOD) for k in range(n) for j in range(2)
-               if k == 0 or values[k, j] != values[k - 1, j]]
-    assert len(samples) < .8 * 2 * n
+    samples = [
+        (j, T0 + k * P, float(values[k, j]), GOOD)
+        for k in range(n)
+        for j in range(2)
+        if k == 0 or values[k, j] != values[k - 1, j]
+    ]
+    assert len(samples) < 0.8 * 2 * n
     record = rows_from_samples(MEASURED, P, *arrays(samples))
     assert abs(len(record) - n) <= 1
     assert record.gap.sum() == 1
     # where a tag has changed evenly every second row and then changes sooner, its new value comes one row late
-    assert (record.values == values[: len(record)]).mean() > .999
+    assert (record.values == values[: len(record)]).mean() > 0.999
 
 
 def test_100_ms_beside_1_s_gives_a_row_per_100_ms_and_both_valid() -> None:
@@ -379,7 +410,7 @@ def test_values_set_long_ago_start_no_rows_but_are_held_into_the_first() -> None
     assert rows[0][3] == b"\1\1\1\0"  # the measured one is stale
 
 
-# --- gaps and holds -----------------------------------------------------------------------------------------------
+# --- gaps and holds ---
 
 
 def feed_rows(builder: FrameBuilder, start: int, n: int, tags: tuple[int, ...] = (0, 1)) -> list[tuple]:
@@ -443,8 +474,10 @@ def test_an_idle_connection_makes_held_rows_up_to_max_hold_and_then_none() -> No
 def test_a_measured_tag_is_stale_after_max_hold_and_a_setpoint_never() -> None:
     tags = [*MEASURED, Tag("set", kind=TagKind.SETPOINT)]
     builder = FrameBuilder(tags, P, P, 20)
-    rows = stream(builder, [[(1, T0, 1.0, GOOD), (2, T0, 5.0, GOOD)],
-                            *[[(0, T0 + k * P, float(k), GOOD)] for k in range(100)]])
+    rows = stream(
+        builder,
+        [[(1, T0, 1.0, GOOD), (2, T0, 5.0, GOOD)], *[[(0, T0 + k * P, float(k), GOOD)] for k in range(100)]],
+    )
     valid = np.array([list(row[3]) for row in rows])
     assert valid[:, 0].all() and valid[:, 2].all()
     assert valid[:21, 1].all() and not valid[21:, 1].any()
@@ -461,7 +494,7 @@ def test_a_clock_set_back_an_hour_starts_the_rows_again_there() -> None:
     assert builder.counters()["delivered"] == accounted(builder)
 
 
-# --- quality ------------------------------------------------------------------------------------------------------
+# --- quality ---
 
 
 @pytest.mark.parametrize(("quality", "valid", "value"), [("hold", 1, 9.0), ("mask", 0, math.nan)])
@@ -506,7 +539,9 @@ def test_policy_stop_makes_no_rows_while_bad_and_a_gap_afterwards() -> None:
 
 def test_uncertain_is_used_and_counted_and_nan_is_masked_and_counted() -> None:
     builder = FrameBuilder(MEASURED, P, P, 20)
-    rows = stream(builder, [[(0, T0 + k * P, float(k), UNCERTAIN), (1, T0 + k * P, math.inf, GOOD)] for k in range(10)])
+    rows = stream(
+        builder, [[(0, T0 + k * P, float(k), UNCERTAIN), (1, T0 + k * P, math.inf, GOOD)] for k in range(10)]
+    )
     assert all(list(row[3]) == [1, 0] for row in rows)
     counts = builder.counters()
     assert counts["uncertain"] == 10 and counts["non_finite"] == 10 and counts["masked"] == 10
@@ -522,7 +557,10 @@ def test_the_overflow_bit_is_counted_and_the_value_used() -> None:
 
 def test_of_two_samples_with_one_stamp_the_later_arrival_wins() -> None:
     builder = FrameBuilder(MEASURED, P, P, 20)
-    samples = [[(0, T0 + k * P, 1.0, GOOD), (0, T0 + k * P, 2.0, GOOD), (1, T0 + k * P, 3.0, GOOD)] for k in range(20)]
+    samples = [
+        [(0, T0 + k * P, 1.0, GOOD), (0, T0 + k * P, 2.0, GOOD), (1, T0 + k * P, 3.0, GOOD)]
+        for k in range(20)
+    ]
     rows = stream(builder, samples)
     assert all(np.frombuffer(row[2]).tolist() == [2.0, 3.0] for row in rows)
     assert builder.counters()["duplicate"] == 20
@@ -550,7 +588,7 @@ def test_a_notification_with_one_tag_after_the_other_gives_every_row() -> None:
     assert all(np.frombuffer(row[2]).tolist() == [k, k] for k, row in enumerate(rows))
 
 
-# --- bounds -------------------------------------------------------------------------------------------------------
+# --- bounds ---
 
 
 def test_a_burst_longer_than_the_output_loses_no_row() -> None:
@@ -603,7 +641,7 @@ def test_push_and_row_do_not_grow_memory() -> None:
     assert builder.counters()["rows"] == 10_250
 
 
-# --- tables -------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def test_a_table_on_the_grid_comes_back_as_it_is() -> None:
@@ -639,6 +677,18 @@ def test_a_table_whose_shape_does_not_fit_is_refused() -> None:
 
 
 def test_counter_names_are_those_of_the_contract() -> None:
-    wanted = {"delivered", "used", "held", "masked", "late", "duplicate", "overflowed", "lost", "non_finite",
-              "null_timestamp", "gaps", "stale"}
+    wanted = {
+        "delivered",
+        "used",
+        "held",
+        "masked",
+        "late",
+        "duplicate",
+        "overflowed",
+        "lost",
+        "non_finite",
+        "null_timestamp",
+        "gaps",
+        "stale",
+    }
     assert wanted <= set(COUNTERS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+import pytest_asyncio
 from asyncua import Client, Server, ua
 
 from opcua_detector.nodes import (
@@ -102,13 +104,13 @@ def test_the_name_of_a_monitor_is_escaped_in_the_nodeset():
 # -- a server ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-async def client(tmp_path):
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(tmp_path_factory):
     """A client of a real server that has imported the file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = tmp_path / "results.NodeSet2.xml"
+    path = tmp_path_factory.mktemp("nodes") / "results.NodeSet2.xml"
     path.write_text(nodeset_xml(MONITORS), encoding="utf-8")
     server = Server()
     await server.init()
@@ -120,6 +122,7 @@ async def client(tmp_path):
         yield connected
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_server_imports_the_nodeset_with_types_rights_and_initial_values(client):
     index = await client.get_namespace_index(RESULTS_NAMESPACE)
     first = {"Score": NO_SCORE, "Limit": 1.0, "State": State.STOPPED, "StateText": "stopped", "IsAnomaly": False}
@@ -140,10 +143,11 @@ async def test_a_server_imports_the_nodeset_with_types_rights_and_initial_values
             assert value == first[signal] if signal in first else not value or row.type == "DateTime"
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_every_result_can_be_written_with_the_type_of_the_table_and_read_back(client):
     index = await client.get_namespace_index(RESULTS_NAMESPACE)
     given = {"Double": 2.5, "Boolean": True, "UInt16": 700, "Int32": 3, "UInt32": 4_000_000_000, "String": "u is 31 V",
-             "DateTime": ua.datetime(2026, 3, 1, 12, 30)}
+             "DateTime": datetime(2026, 3, 1, 12, 30, tzinfo=UTC)}
     for signal, row in SIGNALS.items():
         node = client.get_node(f"ns={index};s=lorenz.{signal}")
         value = [0.5, 0.25] if row.array else given[row.type]
@@ -151,6 +155,7 @@ async def test_every_result_can_be_written_with_the_type_of_the_table_and_read_b
         assert await node.read_value() == value
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_the_score_carries_its_range_for_the_display(client):
     index = await client.get_namespace_index(RESULTS_NAMESPACE)
     node = client.get_node(f"ns={index};s=lorenz.Score")

@@ -21,7 +21,7 @@ from ..client.observer import Observer
 from ..config import Config
 from ..errors import ConfigError
 from ..nodes import NO_SCORE
-from ..service import MonitorRun, Service
+from ..service import MonitorRun, Service, known
 from .online import history_record, run_async
 from .simulator import simulated_plant
 from .terminal import EXIT_FOUND, AsJson, err, print_json
@@ -202,11 +202,8 @@ class Show:
     def _on_verdict(self, run: MonitorRun, verdict: Verdict) -> None:
         if not np.isnan(verdict.score):
             self.scores.append((verdict.source_ns, verdict.score))
-        score = NO_SCORE if np.isnan(verdict.score) else verdict.score
-        # An HMI sees microseconds; a NaN residual would not compare equal to itself.
-        self.written[verdict.source_ns // 1000 * 1000] = (
-            score, verdict.alert, run.state, *(float(x) for x in (verdict.r_trans, verdict.r_bound, verdict.r_conf)),
-            verdict.event_no)
+        sent = run.fast(verdict) | {"Score": known(verdict.score)}
+        self.written[verdict.source_ns // 1000 * 1000] = tuple(sent[signal] for signal in _READ)  # DateTime: us
         if len(self.written) > 2000:
             del self.written[next(iter(self.written))]
         if verdict.raised:

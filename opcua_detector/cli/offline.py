@@ -98,7 +98,7 @@ def fit(
         done = fit_config(config, config_file, source, only=monitor or (),
                           progress=lambda text: line.update(text) if line else None)
     seconds = time.perf_counter() - started
-    with Store.open(config.store.path) as store:
+    with Store.open(config.store.path, beside=True) as store:  # also while `run` is live
         for fitted in done:
             record_model(store, fitted.model, fitted.path)
     for fitted in done:

@@ -1,8 +1,8 @@
 """OPC UA client: one session per server, rows of a group live, history, write-back, browse, checks.
 
     session = Session(server_config, on_state=...)      # nothing happens yet
-    await session.open()                                # ServerUnreachable, AccessRefused; then it lives for ever
-    findings = await check_tags(session, tags) + await check_outputs(session, {signal: node})
+    await session.open()                                # ServerUnreachable, AccessRefused; then it lives for
+    ever findings = await check_tags(session, tags) + await check_outputs(session, {signal: node})
     raise_findings(findings)                            # NodeProblem with the first ones together
     record = await read_history(session, tags, start_ns, end_ns, period_ns, progress=lambda done, total: ...)
     feed = GroupFeed(group_config, {server_name: session}, on_frame)    # on_frame(frame): synchronous, frame is reused
@@ -14,10 +14,10 @@
     await feed.stop()
     await session.close()
 
-Everything runs on one event loop thread; `on_frame`, `on_ack` and `on_state` are called on it and must not wait.
-What to show: `session.state`, `.reason`, `.counters`; `feed.counters()`, `.tag_states()`, `.revised()`;
-`back.counters`, `.superseded[monitor]`, `.states()`. `Heartbeat` is counted by WriteBack itself. asyncio and asyncua
-stay inside this package.
+Everything runs on one event loop thread; `on_frame`, `on_ack` and `on_state` are called on it and must not
+wait. What to show: `session.state`, `.reason`, `.counters`; `feed.counters()`, `.tag_states()`, `.revised()`;
+`back.counters`, `.superseded[monitor]`, `.states()`. `Heartbeat` is counted by WriteBack itself. asyncio and
+asyncua stay inside this package.
 """
 
 from .browse import BrowsedNode, recent_values, walk
@@ -29,6 +29,21 @@ from .subscription import Item, Revised, Subscription
 from .writeback import WriteBack
 
 __all__ = [
-    "BrowsedNode", "Finding", "GroupFeed", "Item", "LinkState", "Revised", "Session", "Subscription", "WriteBack",
-    "check_outputs", "check_tags", "oldest_ns", "problem_of", "raise_findings", "read_history", "recent_values", "walk",
+    "BrowsedNode",
+    "Finding",
+    "GroupFeed",
+    "Item",
+    "LinkState",
+    "Revised",
+    "Session",
+    "Subscription",
+    "WriteBack",
+    "check_outputs",
+    "check_tags",
+    "oldest_ns",
+    "problem_of",
+    "raise_findings",
+    "read_history",
+    "recent_values",
+    "walk",
 ]

@@ -61,13 +61,19 @@ class _Found:
 
 
 async def walk(
-    session: Session, *, start: str = "/Objects", pattern: str = "", max_depth: int = 10, max_nodes: int = 10_000,
-    properties: bool = False, server_object: bool = False,
+    session: Session,
+    *,
+    start: str = "/Objects",
+    pattern: str = "",
+    max_depth: int = 10,
+    max_nodes: int = 10_000,
+    properties: bool = False,
+    server_object: bool = False,
 ) -> AsyncIterator[BrowsedNode]:
     """Yield the nodes below `start`, level by level, with the facts of variables.
 
-    pattern : part of the path or of the NodeId, or a pattern with * and ?; empty: all. Objects are yielded only when
-        there is no pattern
+    pattern : part of the path or of the NodeId, or a pattern with * and ?; empty: all. Objects are yielded
+        only when there is no pattern
     max_depth, max_nodes : bounds of the walk
     properties : also yield properties (EURange, EngineeringUnits ...)
     server_object : also walk below the Server object
@@ -79,7 +85,7 @@ async def walk(
     while level and level[0].depth < max_depth:
         below: list[_Found] = []
         for first in range(0, len(level), _BATCH):
-            for child in await _children(session, level[first:first + _BATCH], server_object):
+            for child in await _children(session, level[first : first + _BATCH], server_object):
                 if child.ref.nsu in seen or (child.is_property and not properties):
                     continue
                 seen.add(child.ref.nsu)
@@ -87,7 +93,7 @@ async def walk(
                 if len(seen) > max_nodes:
                     break
         for first in range(0, len(below), _BATCH):
-            wanted = [one for one in below[first:first + _BATCH] if _matches(pattern, one)]
+            wanted = [one for one in below[first : first + _BATCH] if _matches(pattern, one)]
             facts = await read_facts(session, [one.ref for one in wanted if one.variable], units=True)
             by_node = {fact.ref.nsu: fact for fact in facts}
             for one in wanted:
@@ -112,9 +118,25 @@ def _browsed(one: _Found, facts: NodeFacts | None) -> BrowsedNode:
     if facts is None:
         return BrowsedNode(one.path, one.ref.nsu, one.name, one.depth, False)
     return BrowsedNode(
-        one.path, one.ref.nsu, one.name, one.depth, True, one.is_property, "", facts.type_name or facts.type, facts.unit,
-        facts.eu_range, facts.readable, facts.writable, facts.history, facts.rank >= 0, facts.value_text, facts.value,
-        facts.status, facts.source_ns)
+        one.path,
+        one.ref.nsu,
+        one.name,
+        one.depth,
+        True,
+        one.is_property,
+        "",
+        facts.type_name or facts.type,
+        facts.unit,
+        facts.eu_range,
+        facts.readable,
+        facts.writable,
+        facts.history,
+        facts.rank >= 0,
+        facts.value_text,
+        facts.value,
+        facts.status,
+        facts.source_ns,
+    )
 
 
 async def _children(session: Session, parents: Sequence[_Found], server_object: bool) -> list[_Found]:
@@ -124,7 +146,7 @@ async def _children(session: Session, parents: Sequence[_Found], server_object: 
         description = ua.BrowseDescription()
         description.NodeId = parent.ref.id
         description.BrowseDirection = ua.BrowseDirection.Forward
-        description.ReferenceTypeId = ua.NodeId(ua.ObjectIds.HierarchicalReferences, 0)
+        description.ReferenceTypeId = wire.node_id(ua.ObjectIds.HierarchicalReferences)
         description.IncludeSubtypes = True
         description.NodeClassMask = ua.NodeClass.Object | ua.NodeClass.Variable
         description.ResultMask = ua.BrowseResultMask.All
@@ -160,16 +182,26 @@ def _child(session: Session, parent: _Found, reference: Any) -> _Found:
     if name.NamespaceIndex:
         step = f"{name.NamespaceIndex}:{step}"
     text = nsu_text(session, node_id)
-    return _Found(f"{parent.path.rstrip('/')}/{step}", NodeRef(text, text, node_id), name.Name or "", parent.depth + 1,
-                  reference.NodeClass == ua.NodeClass.Variable,
-                  reference.ReferenceTypeId.Identifier == ua.ObjectIds.HasProperty)
+    return _Found(
+        f"{parent.path.rstrip('/')}/{step}",
+        NodeRef(text, text, node_id),
+        name.Name or "",
+        parent.depth + 1,
+        reference.NodeClass == ua.NodeClass.Variable,
+        reference.ReferenceTypeId.Identifier == ua.ObjectIds.HasProperty,
+    )
 
 
 async def recent_values(
-    session: Session, nodes: Sequence[BrowsedNode], *, span_ns: int = 60 * 10**9, polls: int = 20,
+    session: Session,
+    nodes: Sequence[BrowsedNode],
+    *,
+    span_ns: int = 60 * 10**9,
+    polls: int = 20,
     poll_s: float = 0.1,
 ) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
-    """Return node -> (source_ns int64[m], value float64[m]) of the last `span_ns`, for telling kinds of tags apart.
+    """Return node -> (source_ns int64[m], value float64[m]) of the last `span_ns`, for telling kinds of tags
+    apart.
 
     From history where the server has it, otherwise from `polls` reads.
     """
@@ -193,6 +225,8 @@ async def recent_values(
                 await asyncio.sleep(poll_s)
             rounds.append(await read_facts(session, refs))
         for i, one in enumerate(polled):
-            values[one.node] = (np.array([facts[i].source_ns for facts in rounds], np.int64),
-                                np.array([facts[i].value for facts in rounds], np.float64))
+            values[one.node] = (
+                np.array([facts[i].source_ns for facts in rounds], np.int64),
+                np.array([facts[i].value for facts in rounds], np.float64),
+            )
     return values

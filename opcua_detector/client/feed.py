@@ -35,8 +35,14 @@ class GroupFeed:
     frame : the reused Frame
     """
 
-    def __init__(self, group: GroupConfig, sessions: Mapping[str, Session], on_frame: Callable[[Frame], None], *,
-                 clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self,
+        group: GroupConfig,
+        sessions: Mapping[str, Session],
+        on_frame: Callable[[Frame], None],
+        *,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self.group = group
         tags = [tag.tag() for tag in group.tags]
         self.builder = FrameBuilder(tags, group.period, group.lateness_ns, group.max_hold)
@@ -51,9 +57,15 @@ class GroupFeed:
         for column, tag in enumerate(group.tags):
             by_server.setdefault(tag.server or group.server, []).append(Item(tag.name, tag.node, column))
         self.subscriptions = {
-            server: Subscription(sessions[server], items, sampling_ns=group.sampling_ns,
-                                 publishing_ns=group.publishing_ns, on_samples=self._samples, on_lost=self._lost,
-                                 clock_ns=clock_ns)
+            server: Subscription(
+                sessions[server],
+                items,
+                sampling_ns=group.sampling_ns,
+                publishing_ns=group.publishing_ns,
+                on_samples=self._samples,
+                on_lost=self._lost,
+                clock_ns=clock_ns,
+            )
             for server, items in by_server.items()
         }
 
@@ -83,15 +95,22 @@ class GroupFeed:
 
     def tag_states(self) -> dict[str, str]:
         """Return for each tag why it delivers nothing; empty while it delivers."""
-        items = sorted((item for one in self.subscriptions.values() for item in one.items), key=lambda i: i.column)
+        items = sorted(
+            (item for one in self.subscriptions.values() for item in one.items), key=lambda i: i.column
+        )
         return {item.name: item.reason for item in items}
 
     def revised(self) -> dict[str, Revised]:
         """Return per server what it made of the requested intervals."""
         return {server: one.revised for server, one in self.subscriptions.items()}
 
-    def _samples(self, column: NDArray[np.int32], source_ns: NDArray[np.int64], value: NDArray[np.float64],
-                 status: NDArray[np.uint32]) -> None:
+    def _samples(
+        self,
+        column: NDArray[np.int32],
+        source_ns: NDArray[np.int64],
+        value: NDArray[np.float64],
+        status: NDArray[np.uint32],
+    ) -> None:
         self._newest_ns = max(int(source_ns.max()), self._newest_ns or 0)
         self._pushed_at_ns = self._clock_ns()
         self.builder.push(column, source_ns, value, status)
@@ -109,8 +128,10 @@ class GroupFeed:
             except Exception:
                 self.frame_errors += 1
                 if self.frame_errors == 1:
-                    log.exception("group %s: a row could not be worked on; further ones are counted only",
-                                  self.group.name)
+                    log.exception(
+                        "group %s: a row could not be worked on; further ones are counted only",
+                        self.group.name,
+                    )
 
     def _tick(self) -> None:
         """Close held rows while nothing changes and the servers are known to be alive."""

@@ -1,7 +1,7 @@
 """Reads the historian: raw values of several tags, page by page, as rows by the rule of time.
 
-Source: OPC UA Part 11, 6.5.3 (ReadRawModified). A page ends with a continuation point; a server that fills the page
-and gives none is asked again from the last stamp.
+Source: OPC UA Part 11, 6.5.3 (ReadRawModified). A page ends with a continuation point; a server that fills
+the page and gives none is asked again from the last stamp.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from .session import Session
 Progress = Callable[[int, int], None]
 PAGE_VALUES = 40_000  # values in one response over all its nodes
 _PATIENCE = 10  # a page may take this many time-outs: historians read from disk
+_RECORD = "collect rows with 'opcua-detector record'"
 _STEPS = {
-    "BadHistoryOperationUnsupported": "the server keeps no history of this tag: collect rows with 'opcua-detector record'",
-    "BadHistoryOperationInvalid": "the server does not take this kind of history read: use 'opcua-detector record'",
-    "BadServiceUnsupported": "the server has no history at all: collect rows with 'opcua-detector record'",
+    "BadHistoryOperationUnsupported": f"the server keeps no history of this tag: {_RECORD}",
+    "BadHistoryOperationInvalid": f"the server does not take this kind of history read: {_RECORD}",
+    "BadServiceUnsupported": f"the server has no history at all: {_RECORD}",
     "BadUserAccessDenied": "give the user the right to read history",
     "BadNotReadable": "give the user the right to read history",
     "BadNodeIdUnknown": "copy the NodeId from 'opcua-detector browse'",
@@ -45,12 +46,21 @@ class _Cursor:
         self.after_ns: int | None = None  # when asked again by time: what lies at or before this was read
         self.parts: list[wire.Samples] = []
         self.reached_ns = start_ns
-        self.count = 0  # values since the last request by time: NumValuesPerNode bounds them over all its pages
+        self.count = (
+            0  # values since the last request by time: NumValuesPerNode bounds them over all its pages
+        )
 
 
 async def read_history(
-    session: Session, tags: Sequence[Tag], start_ns: int, end_ns: int, period_ns: int, *,
-    lateness_ns: int | None = None, max_hold: int = 20, progress: Progress | None = None,
+    session: Session,
+    tags: Sequence[Tag],
+    start_ns: int,
+    end_ns: int,
+    period_ns: int,
+    *,
+    lateness_ns: int | None = None,
+    max_hold: int = 20,
+    progress: Progress | None = None,
     counts: dict[str, int] | None = None,
 ) -> Record:
     """Return the rows of these tags in [start_ns, end_ns) from the server's history.
@@ -58,15 +68,28 @@ async def read_history(
     progress : called with (rows done, rows expected) after each page
     counts : filled with the counters of the rule of time when given
 
-    Raises NodeProblem where a tag is not found or has no history, RecordError where there is nothing in the range.
+    Raises NodeProblem where a tag is not found or has no history, RecordError where there is nothing in the
+    range.
     """
     rows = max(1, (end_ns - start_ns) // period_ns)
-    samples = await read_samples(session, [tag.node for tag in tags], start_ns, end_ns, None if progress is None else (
-        lambda reached_ns: progress(int(min(rows, max(0, reached_ns - start_ns) // period_ns)), int(rows))))
+    samples = await read_samples(
+        session,
+        [tag.node for tag in tags],
+        start_ns,
+        end_ns,
+        None
+        if progress is None
+        else (
+            lambda reached_ns: progress(int(min(rows, max(0, reached_ns - start_ns) // period_ns)), int(rows))
+        ),
+    )
     empty = [tag.name for tag, one in zip(tags, samples, strict=True) if len(one.source_ns) == 0]
     if empty:
-        raise RecordError(f"no history of {', '.join(empty)} from {iso_utc(start_ns)} to {iso_utc(end_ns)}",
-                          where=session.where, next_step="choose a time range that the historian has")
+        raise RecordError(
+            f"no history of {', '.join(empty)} from {iso_utc(start_ns)} to {iso_utc(end_ns)}",
+            where=session.where,
+            next_step="choose a time range that the historian has",
+        )
     index = np.repeat(np.arange(len(tags), dtype=np.int32), [len(one.source_ns) for one in samples])
     stamps = np.concatenate([one.source_ns for one in samples])
     server = np.concatenate([one.server_ns for one in samples])
@@ -76,8 +99,17 @@ async def read_history(
     stamps = np.where(null, server, stamps)
     known = stamps != wire.NO_STAMP
     found: dict[str, int] = {}
-    record = rows_from_samples(tags, period_ns, index[known], stamps[known], value[known], status[known],
-                               lateness_ns=lateness_ns, max_hold=max_hold, counts=found)
+    record = rows_from_samples(
+        tags,
+        period_ns,
+        index[known],
+        stamps[known],
+        value[known],
+        status[known],
+        lateness_ns=lateness_ns,
+        max_hold=max_hold,
+        counts=found,
+    )
     found["null_timestamp"] += int(null.sum())
     found["lost"] += int((~known).sum())
     if counts is not None:
@@ -88,7 +120,10 @@ async def read_history(
 
 
 async def read_samples(
-    session: Session, nodes: Sequence[str], start_ns: int, end_ns: int,
+    session: Session,
+    nodes: Sequence[str],
+    start_ns: int,
+    end_ns: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[wire.Samples]:
     """Return the raw samples of each node in [start_ns, end_ns); `progress` gets the time reached by all of them."""
@@ -102,7 +137,7 @@ async def read_samples(
     size = session.limit("history")
     try:
         for first in range(0, len(cursors), size):
-            group = cursors[first:first + size]
+            group = cursors[first : first + size]
             while open_ones := [one for one in group if not one.done]:
                 await _read_page(session, open_ones, end_ns)
                 if progress is not None:
@@ -165,12 +200,15 @@ async def _ask(session: Session, group: Sequence[_Cursor], end_ns: int, page: in
 def _accept(cursor: _Cursor, got: wire.HistoryPage, page: int, end_ns: int) -> None:
     if got.status & 0x80000000:
         cursor.point = None
-        name = ua.StatusCode(got.status).name
+        name = wire.status_name(got.status)
         if name == "BadNoData":
             cursor.done = True
             return
-        raise NodeProblem(f"its history cannot be read ({name})", where=cursor.ref.text,
-                          next_step=_STEPS.get(name, "see the server's log"))
+        raise NodeProblem(
+            f"its history cannot be read ({name})",
+            where=cursor.ref.text,
+            next_step=_STEPS.get(name, "see the server's log"),
+        )
     samples, count = got.samples, len(got.samples.source_ns)
     stamps = np.where(samples.source_ns == wire.NO_STAMP, samples.server_ns, samples.source_ns)
     if cursor.after_ns is not None and cursor.point is None:
@@ -206,11 +244,20 @@ async def _release(session: Session, cursors: Sequence[_Cursor]) -> None:
 
 
 def _where(samples: wire.Samples, keep: Any) -> wire.Samples:
-    return wire.Samples(samples.handle[keep], samples.source_ns[keep], samples.server_ns[keep], samples.value[keep],
-                        samples.status[keep])
+    return wire.Samples(
+        samples.handle[keep],
+        samples.source_ns[keep],
+        samples.server_ns[keep],
+        samples.value[keep],
+        samples.status[keep],
+    )
 
 
 def _joined(cursor: _Cursor) -> wire.Samples:
     parts = cursor.parts or [wire.samples_of([])]
-    return wire.Samples(*(np.concatenate([getattr(part, name) for part in parts])
-                          for name in ("handle", "source_ns", "server_ns", "value", "status")))
+    return wire.Samples(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("handle", "source_ns", "server_ns", "value", "status")
+        )
+    )

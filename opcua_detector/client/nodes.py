@@ -1,8 +1,8 @@
 """Finds the nodes that the configuration names, and says what is wrong with each before anything runs.
 
-Text of a node: `nsu=<uri>;s=<id>` (best: survives a re-ordered namespace table), `ns=2;s=<id>`, `i=2258`, or a browse
-path from the root, `/Objects/2:Plant/2:lorenz/2:x1`, whose names may carry `nsu=<uri>;` instead of the index. In a
-path `&` takes the special meaning from the character behind it (Part 4, A.2).
+Text of a node: `nsu=<uri>;s=<id>` (best: survives a re-ordered namespace table), `ns=2;s=<id>`, `i=2258`, or
+a browse path from the root, `/Objects/2:Plant/2:lorenz/2:x1`, whose names may carry `nsu=<uri>;` instead of
+the index. In a path `&` takes the special meaning from the character behind it (Part 4, A.2).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from .session import Session
 
 _READ, _WRITE = 0x01, 0x02  # AccessLevel (Part 3, 8.57)
 _HISTORY = 0x04
-NUMERIC = frozenset({"Boolean", "SByte", "Byte", "Int16", "UInt16", "Int32", "UInt32", "Int64", "UInt64", "Float",
-                     "Double"})
+NUMERIC = frozenset(
+    {"Boolean", "SByte", "Byte", "Int16", "UInt16", "Int32", "UInt32", "Int64", "UInt64", "Float", "Double"}
+)
 _INTEGER = NUMERIC - {"Boolean", "Float", "Double"}
 # Which built-in types take a result of which type; the value is cast with a range check (`writeback`).
 ACCEPTS: Mapping[str, frozenset[str]] = {
@@ -91,15 +92,18 @@ def raise_findings(findings: Sequence[Finding], shown: int = 5) -> None:
     lines = [f"{one.where}: {one.problem} (next step: {one.fix})" for one in errors[:shown]]
     if len(errors) > shown:
         lines.append(f"... and {len(errors) - shown} more")
-    raise NodeProblem("\n  ".join([f"{len(errors)} nodes are not as configured:", *lines]),
-                      next_step="correct them one by one; 'opcua-detector check' lists all of them")
+    raise NodeProblem(
+        "\n  ".join([f"{len(errors)} nodes are not as configured:", *lines]),
+        next_step="correct them one by one; 'opcua-detector check' lists all of them",
+    )
 
 
-# --- text to NodeId -----------------------------------------------------------------------------------------------
+# --- text to NodeId ---
 
 
 async def resolve(session: Session, texts: Iterable[str]) -> dict[str, NodeRef | NodeProblem]:
-    """Return for each text its node on this connection, or the problem; existence of NodeIds is not asked here.
+    """Return for each text its node on this connection, or the problem; existence of NodeIds is not asked
+    here.
 
     Browse paths are translated by the server, several in one call.
     """
@@ -116,10 +120,11 @@ async def resolve(session: Session, texts: Iterable[str]) -> dict[str, NodeRef |
     pending = list(paths)
     size = session.limit("translate")
     for start in range(0, len(pending), size):
-        names = pending[start:start + size]
+        names = pending[start : start + size]
         results = await session.call(
             session.client.uaclient.translate_browsepaths_to_nodeids([paths[name] for name in names]),
-            "translate browse paths")
+            "translate browse paths",
+        )
         for name, result in zip(names, results, strict=True):
             found[name] = _translated(session, name, result)
     return found
@@ -137,8 +142,11 @@ def _namespace(session: Session, uri: str, text: str) -> int:
     try:
         return session.namespaces.index(uri)
     except ValueError:
-        raise NodeProblem(f"the server has no namespace {uri!r}", where=text,
-                          next_step="choose among its namespaces: " + ", ".join(session.namespaces)) from None
+        raise NodeProblem(
+            f"the server has no namespace {uri!r}",
+            where=text,
+            next_step="choose among its namespaces: " + ", ".join(session.namespaces),
+        ) from None
 
 
 def _node_id(session: Session, text: str) -> ua.NodeId:
@@ -150,8 +158,11 @@ def _node_id(session: Session, text: str) -> ua.NodeId:
     try:
         return ua.NodeId.from_string(text_id)
     except Exception as error:
-        raise NodeProblem("this is no NodeId", where=text,
-                          next_step="write it as 'nsu=<uri>;s=<name>' or as a browse path '/Objects/...'") from error
+        raise NodeProblem(
+            "this is no NodeId",
+            where=text,
+            next_step="write it as 'nsu=<uri>;s=<name>' or as a browse path '/Objects/...'",
+        ) from error
 
 
 def nsu_text(session: Session, node_id: Any) -> str:
@@ -170,7 +181,8 @@ def _reference(session: Session, text: str, node_id: ua.NodeId) -> NodeRef:
 def split_path(text: str) -> list[tuple[str, str]]:
     """Return (namespace, name) of each step of a browse path; the namespace is an index or `nsu=<uri>`."""
     steps = []
-    # a step: an optional nsu=<uri>; in which '/' is no end, then a name in which & takes the meaning from a character
+    # a step: an optional nsu=<uri>; in which '/' is no end, then a name in which & takes the meaning from a
+    # character
     for match in re.finditer(r"/(nsu=[^;]+;|\d+:)?((?:&.|[^/&])*)", text):
         namespace = (match[1] or "0:").rstrip(":;")
         steps.append((namespace, re.sub(r"&(.)", r"\1", match[2])))
@@ -179,15 +191,18 @@ def split_path(text: str) -> list[tuple[str, str]]:
 
 def _browse_path(session: Session, text: str) -> ua.BrowsePath:
     path = ua.BrowsePath()
-    path.StartingNode = ua.NodeId(84, 0)
+    path.StartingNode = wire.node_id(84)
     elements = []
     for namespace, name in split_path(text):
         if not name:
-            raise NodeProblem("a step of the browse path is empty", where=text,
-                              next_step="write it as '/Objects/2:Plant/2:T1'")
+            raise NodeProblem(
+                "a step of the browse path is empty",
+                where=text,
+                next_step="write it as '/Objects/2:Plant/2:T1'",
+            )
         index = _namespace(session, namespace[4:], text) if namespace.startswith("nsu=") else int(namespace)
-        element = ua.RelativePathElement()
-        element.ReferenceTypeId = ua.NodeId(ua.ObjectIds.HierarchicalReferences, 0)
+        element: Any = ua.RelativePathElement()
+        element.ReferenceTypeId = wire.node_id(ua.ObjectIds.HierarchicalReferences)
         element.IsInverse = False
         element.IncludeSubtypes = True
         element.TargetName = ua.QualifiedName(name, index)
@@ -199,15 +214,26 @@ def _browse_path(session: Session, text: str) -> ua.BrowsePath:
 def _translated(session: Session, text: str, result: Any) -> NodeRef | NodeProblem:
     if result.StatusCode.is_good() and result.Targets:
         target = result.Targets[0].TargetId
-        return _reference(session, text, ua.NodeId(target.Identifier, target.NamespaceIndex, target.NodeIdType))
-    return NodeProblem(f"the browse path leads nowhere ({result.StatusCode.name})", where=text,
-                       next_step="compare each step and its namespace index with 'opcua-detector browse'")
+        return _reference(
+            session, text, ua.NodeId(target.Identifier, target.NamespaceIndex, target.NodeIdType)
+        )
+    return NodeProblem(
+        f"the browse path leads nowhere ({result.StatusCode.name})",
+        where=text,
+        next_step="compare each step and its namespace index with 'opcua-detector browse'",
+    )
 
 
-# --- facts --------------------------------------------------------------------------------------------------------
+# --- facts ---
 
-_ATTRIBUTES = (ua.AttributeIds.NodeClass, ua.AttributeIds.DataType, ua.AttributeIds.ValueRank,
-               ua.AttributeIds.AccessLevel, ua.AttributeIds.UserAccessLevel, ua.AttributeIds.Value)
+_ATTRIBUTES = (
+    ua.AttributeIds.NodeClass,
+    ua.AttributeIds.DataType,
+    ua.AttributeIds.ValueRank,
+    ua.AttributeIds.AccessLevel,
+    ua.AttributeIds.UserAccessLevel,
+    ua.AttributeIds.Value,
+)
 
 
 async def read_facts(session: Session, refs: Sequence[NodeRef], *, units: bool = False) -> list[NodeFacts]:
@@ -217,7 +243,7 @@ async def read_facts(session: Session, refs: Sequence[NodeRef], *, units: bool =
     facts = []
     width = len(_ATTRIBUTES)
     for i, ref in enumerate(refs):
-        facts.append(await _facts(session, ref, values[i * width:(i + 1) * width]))
+        facts.append(await _facts(session, ref, values[i * width : (i + 1) * width]))
     if units:
         await _read_units(session, [one for one in facts if one.is_variable])
     return facts
@@ -230,7 +256,7 @@ async def read_attributes(session: Session, wanted: Sequence[tuple[Any, Any]]) -
     for start in range(0, len(wanted), size):
         parameters = ua.ReadParameters()
         parameters.TimestampsToReturn = ua.TimestampsToReturn.Both
-        for node_id, attribute in wanted[start:start + size]:
+        for node_id, attribute in wanted[start : start + size]:
             one = ua.ReadValueId()
             one.NodeId, one.AttributeId = node_id, attribute
             parameters.NodesToRead.append(one)
@@ -291,7 +317,7 @@ async def _builtin(session: Session, data_type: Any) -> tuple[str, str]:
         description = ua.BrowseDescription()
         description.NodeId = node
         description.BrowseDirection = ua.BrowseDirection.Inverse
-        description.ReferenceTypeId = ua.NodeId(ua.ObjectIds.HasSubtype, 0)
+        description.ReferenceTypeId = wire.node_id(ua.ObjectIds.HasSubtype)
         description.IncludeSubtypes = True
         description.NodeClassMask = 0
         description.ResultMask = ua.BrowseResultMask.BrowseName
@@ -311,8 +337,8 @@ async def _read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
     paths, owners = [], []
     for one in facts:
         for name in ("EngineeringUnits", "EURange"):
-            element = ua.RelativePathElement()
-            element.ReferenceTypeId = ua.NodeId(ua.ObjectIds.HasProperty, 0)
+            element: Any = ua.RelativePathElement()
+            element.ReferenceTypeId = wire.node_id(ua.ObjectIds.HasProperty)
             element.IncludeSubtypes = True
             element.IsInverse = False
             element.TargetName = ua.QualifiedName(name, 0)
@@ -325,8 +351,10 @@ async def _read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
     size = session.limit("translate")
     for start in range(0, len(paths), size):
         results = await session.call(
-            session.client.uaclient.translate_browsepaths_to_nodeids(paths[start:start + size]), "find units and ranges")
-        for owner, result in zip(owners[start:start + size], results, strict=True):
+            session.client.uaclient.translate_browsepaths_to_nodeids(paths[start : start + size]),
+            "find units and ranges",
+        )
+        for owner, result in zip(owners[start : start + size], results, strict=True):
             if result.StatusCode.is_good() and result.Targets:
                 target = result.Targets[0].TargetId
                 node = ua.NodeId(target.Identifier, target.NamespaceIndex, target.NodeIdType)
@@ -341,7 +369,7 @@ async def _read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
             one.unit = content.DisplayName.Text or ""
 
 
-# --- checks -------------------------------------------------------------------------------------------------------
+# --- checks ---
 
 
 async def check_tags(session: Session, tags: Sequence[Tag], where: str = "tags") -> list[Finding]:
@@ -362,10 +390,19 @@ async def check_tags(session: Session, tags: Sequence[Tag], where: str = "tags")
 
 def _missing(facts: NodeFacts, place: str) -> list[Finding]:
     if not facts.exists:
-        return [Finding(place, f"the node does not exist ({facts.read_status})",
-                        "copy the NodeId from 'opcua-detector browse'")]
+        return [
+            Finding(
+                place,
+                f"the node does not exist ({facts.read_status})",
+                "copy the NodeId from 'opcua-detector browse'",
+            )
+        ]
     if not facts.is_variable:
-        return [Finding(place, "the node is no variable", "name the variable below it, see 'opcua-detector browse'")]
+        return [
+            Finding(
+                place, "the node is no variable", "name the variable below it, see 'opcua-detector browse'"
+            )
+        ]
     return []
 
 
@@ -375,30 +412,59 @@ def _tag_findings(tag: Tag, facts: NodeFacts, place: str) -> list[Finding]:
         return missing
     findings = []
     if not facts.readable:
-        findings.append(Finding(place, "this user may not read the tag",
-                                "give the user read access on the server, or leave the tag out"))
+        findings.append(
+            Finding(
+                place,
+                "this user may not read the tag",
+                "give the user read access on the server, or leave the tag out",
+            )
+        )
     if facts.rank >= 0:
-        findings.append(Finding(place, f"the tag is an array (ValueRank {facts.rank})", "name a scalar variable"))
+        findings.append(
+            Finding(place, f"the tag is an array (ValueRank {facts.rank})", "name a scalar variable")
+        )
     if facts.type == "String" and tag.kind is not TagKind.STATE:
         findings.append(Finding(place, "the tag is text", "give it 'kind: state', or leave it out"))
     elif facts.type not in NUMERIC and facts.type != "String":
-        findings.append(Finding(place, f"the type {facts.type_name or 'unknown'} is no number",
-                                "name a tag of a numeric type or Boolean"))
+        findings.append(
+            Finding(
+                place,
+                f"the type {facts.type_name or 'unknown'} is no number",
+                "name a tag of a numeric type or Boolean",
+            )
+        )
     if tag.unit and facts.unit and tag.unit != facts.unit:
-        findings.append(Finding(place, f"the unit is {facts.unit!r} on the server, {tag.unit!r} in the configuration",
-                                f"write 'unit: {facts.unit}' if the server is right"))
+        findings.append(
+            Finding(
+                place,
+                f"the unit is {facts.unit!r} on the server, {tag.unit!r} in the configuration",
+                f"write 'unit: {facts.unit}' if the server is right",
+            )
+        )
     if tag.eu_range and facts.eu_range and tag.eu_range != facts.eu_range:
-        findings.append(Finding(
-            place, f"EURange is {list(facts.eu_range)} on the server, {list(tag.eu_range)} in the configuration",
-            "correct the one that is wrong", error=False))
+        findings.append(
+            Finding(
+                place,
+                f"EURange is {list(facts.eu_range)} on the server, {list(tag.eu_range)} in the configuration",
+                "correct the one that is wrong",
+                error=False,
+            )
+        )
     if facts.readable and facts.status & 0x80000000:
-        findings.append(Finding(place, f"the present value is Bad ({facts.read_status})",
-                                "look after the sensor or its connection; the tag is masked until then", error=False))
+        findings.append(
+            Finding(
+                place,
+                f"the present value is Bad ({facts.read_status})",
+                "look after the sensor or its connection; the tag is masked until then",
+                error=False,
+            )
+        )
     return findings
 
 
 async def check_outputs(session: Session, nodes: Mapping[str, str], where: str = "outputs") -> list[Finding]:
-    """Return everything that is wrong with outputs (signal -> node): found, writable, of a type that takes it.
+    """Return everything that is wrong with outputs (signal -> node): found, writable, of a type that takes
+    it.
 
     Nothing is written.
     """
@@ -414,7 +480,9 @@ async def check_outputs(session: Session, nodes: Mapping[str, str], where: str =
             findings.append(Finding(place, ref.what, ref.next_step))
             continue
         if ref.nsu in taken:
-            findings.append(Finding(place, f"{taken[ref.nsu]} is written to the same node", "give each a node of its own"))
+            findings.append(
+                Finding(place, f"{taken[ref.nsu]} is written to the same node", "give each a node of its own")
+            )
         taken[ref.nsu] = signal
         findings += _output_findings(signal, facts[text], place)
     return findings
@@ -427,18 +495,39 @@ def _output_findings(signal: str, facts: NodeFacts, place: str) -> list[Finding]
     expected = SIGNALS[signal]
     findings = []
     if not facts.writable:
-        findings.append(Finding(place, "this user may not write the node",
-                                "give the user write access on the server, or take the signal out of outputs"))
+        findings.append(
+            Finding(
+                place,
+                "this user may not write the node",
+                "give the user write access on the server, or take the signal out of outputs",
+            )
+        )
     shape = "an array" if expected.array else "a scalar"
     if facts.type not in ACCEPTS[expected.type]:
-        findings.append(Finding(place, f"the node is of type {facts.type_name or 'unknown'}, {signal} is {expected.type}",
-                                f"use a node of type {expected.type}"))
+        findings.append(
+            Finding(
+                place,
+                f"the node is of type {facts.type_name or 'unknown'}, {signal} is {expected.type}",
+                f"use a node of type {expected.type}",
+            )
+        )
     elif expected.type == "Double" and facts.type in _INTEGER:
-        findings.append(Finding(place, f"the node is of type {facts.type}: {signal} is rounded to whole numbers",
-                                "use a node of type Double or Float", error=False))
+        findings.append(
+            Finding(
+                place,
+                f"the node is of type {facts.type}: {signal} is rounded to whole numbers",
+                "use a node of type Double or Float",
+                error=False,
+            )
+        )
     if expected.array != (facts.rank >= 0) and facts.rank not in (-2, -3):
-        findings.append(Finding(place, f"{signal} is {shape}, the node is not (ValueRank {facts.rank})",
-                                f"use a node that is {shape}"))
+        findings.append(
+            Finding(
+                place,
+                f"{signal} is {shape}, the node is not (ValueRank {facts.rank})",
+                f"use a node that is {shape}",
+            )
+        )
     return findings
 
 

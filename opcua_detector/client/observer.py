@@ -5,7 +5,6 @@ It shares nothing with the detector's own session: asyncua's stock client, its s
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -28,13 +27,17 @@ class Observer:
     async def __aenter__(self) -> Self:
         try:
             await self._client.connect()
-        except (OSError, TimeoutError, asyncio.TimeoutError, ua.UaError) as error:
-            raise ServerUnreachable(f"the second client cannot connect: {error}", where=self._endpoint,
-                                    next_step="check that the server runs") from error
+        except (OSError, TimeoutError, ua.UaError) as error:
+            raise ServerUnreachable(
+                f"the second client cannot connect: {error}",
+                where=self._endpoint,
+                next_step="check that the server runs",
+            ) from error
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             await self._client.disconnect()
         except (OSError, TimeoutError, ua.UaError, ConnectionError):
@@ -55,26 +58,37 @@ class Observer:
         try:
             values = await self._client.read_values(found)
         except (OSError, TimeoutError, ua.UaError) as error:
-            raise ConnectionProblem(f"the second client cannot read: {error}", where=self._endpoint) from error
-        return {name: to_ns(value) if isinstance(value, datetime) else value
-                for name, value in zip(nodes, values, strict=True)}
+            raise ConnectionProblem(
+                f"the second client cannot read: {error}", where=self._endpoint
+            ) from error
+        return {
+            name: to_ns(value) if isinstance(value, datetime) else value
+            for name, value in zip(nodes, values, strict=True)
+        }
 
     async def write_double(self, node: str, value: float) -> None:
         """Write a Double, value only."""
         target = await self._node(node)
-        await target.write_attribute(ua.AttributeIds.Value, ua.DataValue(ua.Variant(value, ua.VariantType.Double)))
+        await target.write_attribute(
+            ua.AttributeIds.Value, ua.DataValue(ua.Variant(value, ua.VariantType.Double))
+        )
 
-    async def watch(self, node: str, publishing_ms: float, on_value: Callable[[Any, int | None, int], None]) -> None:
+    async def watch(
+        self, node: str, publishing_ms: float, on_value: Callable[[Any, int | None, int], None]
+    ) -> None:
         """Call `on_value(value, source_ns, seen_ns)` on each change; DateTime values as ns."""
 
         class Handler:
             def datachange_notification(self, _node: Any, value: Any, change: Any) -> None:
                 stamp = change.monitored_item.Value.SourceTimestamp
-                on_value(to_ns(value) if isinstance(value, datetime) else value,
-                         None if stamp is None else to_ns(stamp), time.time_ns())
+                on_value(
+                    to_ns(value) if isinstance(value, datetime) else value,
+                    None if stamp is None else to_ns(stamp),
+                    time.time_ns(),
+                )
 
         subscription = await self._client.create_subscription(publishing_ms, Handler())
-        await subscription.subscribe_data_change(await self._node(node), queuesize=100, sampling_interval=0)
+        await subscription.subscribe_data_change(await self._node(node), queuesize=100, sampling_interval=ua.Double(0))
 
 
 def to_ns(value: datetime) -> int:

@@ -1,7 +1,8 @@
 """Keeps publish requests outstanding on a session and hands each answer to its subscription, without a task.
 
-Why our own pump: asyncua keeps one request outstanding, which costs a round trip per notification, and starts a task
-per tag value (opcua.md, section 1). Source: OPC UA Part 4, 5.14.5 (Publish) and 5.14.1.2 (acknowledgement).
+Why our own pump: asyncua keeps one request outstanding, which costs a round trip per notification, and starts
+a task per tag value (opcua.md, section 1). Source: OPC UA Part 4, 5.14.5 (Publish) and 5.14.1.2
+(acknowledgement).
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ class PublishPump:
         self._target = OUTSTANDING
         self._stopped = False
         self._broken = 0
-        self.counters = {"publish_responses": 0, "handler_errors": 0, "decode_errors": 0, "too_many_publish": 0}
+        self.counters = {
+            "publish_responses": 0,
+            "handler_errors": 0,
+            "decode_errors": 0,
+            "too_many_publish": 0,
+        }
 
     def register(self, subscription_id: int, handler: Callable[[wire.Publish | None], None]) -> None:
         """Hand notifications of a subscription to `handler`; it gets None when the server has lost them."""

@@ -33,14 +33,31 @@ DEFAULT_LIMIT = 500  # items per call where the server names no limit
 _T = TypeVar("_T")
 
 # What refuses the user, the certificate or the policy (Part 4, 7.38).
-_ACCESS = frozenset({
-    "BadUserAccessDenied", "BadIdentityTokenInvalid", "BadIdentityTokenRejected", "BadSecurityChecksFailed",
-    "BadSecurityPolicyRejected", "BadSecurityModeRejected", "BadSecurityModeInsufficient", "BadCertificateInvalid",
-    "BadCertificateUntrusted", "BadCertificateTimeInvalid", "BadCertificateHostNameInvalid",
-    "BadCertificateUriInvalid", "BadCertificateUseNotAllowed", "BadCertificateRevoked", "BadCertificateChainIncomplete",
-    "BadCertificateIssuerTimeInvalid", "BadCertificateRevocationUnknown", "BadApplicationSignatureInvalid",
-    "BadUserSignatureInvalid", "BadNoValidCertificates", "BadNonceInvalid",
-})
+_ACCESS = frozenset(
+    {
+        "BadUserAccessDenied",
+        "BadIdentityTokenInvalid",
+        "BadIdentityTokenRejected",
+        "BadSecurityChecksFailed",
+        "BadSecurityPolicyRejected",
+        "BadSecurityModeRejected",
+        "BadSecurityModeInsufficient",
+        "BadCertificateInvalid",
+        "BadCertificateUntrusted",
+        "BadCertificateTimeInvalid",
+        "BadCertificateHostNameInvalid",
+        "BadCertificateUriInvalid",
+        "BadCertificateUseNotAllowed",
+        "BadCertificateRevoked",
+        "BadCertificateChainIncomplete",
+        "BadCertificateIssuerTimeInvalid",
+        "BadCertificateRevocationUnknown",
+        "BadApplicationSignatureInvalid",
+        "BadUserSignatureInvalid",
+        "BadNoValidCertificates",
+        "BadNonceInvalid",
+    }
+)
 _USER = frozenset({"BadUserAccessDenied", "BadIdentityTokenInvalid", "BadIdentityTokenRejected"})
 
 
@@ -81,8 +98,13 @@ class Session:
     counters : connects, reconnects, failed_attempts, lost
     """
 
-    def __init__(self, config: ServerConfig, *, on_state: Callable[[LinkState, str], None] | None = None,
-                 rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        on_state: Callable[[LinkState, str], None] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
         self.config = config
         self.timeout_s = config.timeout / 1e9
         self.state = LinkState.CLOSED
@@ -182,25 +204,42 @@ class Session:
         """Translate an error of the network or of asyncua; the text never holds the password."""
         name = type(error).__name__
         if isinstance(error, TimeoutError | asyncio.CancelledError):
-            return ServerUnreachable(f"no answer within {self.timeout_s:g} s: {what}", where=self.where,
-                                     next_step="check that the server runs and the network lets the port through")
+            return ServerUnreachable(
+                f"no answer within {self.timeout_s:g} s: {what}",
+                where=self.where,
+                next_step="check that the server runs and the network lets the port through",
+            )
         if isinstance(error, OSError):
-            return ServerUnreachable(f"{what}: {error.strerror or error or name}", where=self.where,
-                                     next_step="check endpoint, host and port, and that the server runs")
+            return ServerUnreachable(
+                f"{what}: {error.strerror or error or name}",
+                where=self.where,
+                next_step="check endpoint, host and port, and that the server runs",
+            )
         if name in _ACCESS:
-            return AccessRefused(f"{what}: the server answers {name}", where=self.where, next_step=self._access_step(name))
-        return ConnectionProblem(f"{what}: {name}{f': {error}' if isinstance(error, UaError) else ''}", where=self.where,
-                                 next_step="see the server's log")
+            return AccessRefused(
+                f"{what}: the server answers {name}", where=self.where, next_step=self._access_step(name)
+            )
+        return ConnectionProblem(
+            f"{what}: {name}{f': {error}' if isinstance(error, UaError) else ''}",
+            where=self.where,
+            next_step="see the server's log",
+        )
 
     def _access_step(self, name: str) -> str:
         if name in _USER:
             if self.config.user:
-                return f"check user {self.config.user!r} and its password, and that the server allows this user"
-            return "give user and password_env (or password_file): the server does not take anonymous sessions"
+                return (
+                    f"check user {self.config.user!r} and its password, and that the server allows this user"
+                )
+            return (
+                "give user and password_env (or password_file): the server does not take anonymous sessions"
+            )
         if name.startswith("BadSecurityPolicy") or name.startswith("BadSecurityMode"):
             return "choose a policy and mode that the server offers"
-        return (f"let the server trust this client's certificate ({pki.certificate_file(self.config.pki)}), "
-                "and check server_certificate")
+        return (
+            f"let the server trust this client's certificate ({pki.certificate_file(self.config.pki)}), "
+            "and check server_certificate"
+        )
 
     def _set(self, state: LinkState, reason: str) -> None:
         if state is self.state:
@@ -283,7 +322,7 @@ class Session:
             raise
         self.counters["connects"] += 1
         self._set(LinkState.CONNECTED, "")
-        client.uaclient.protocol.on_connection_lost = self._socket_lost
+        wire.on_closed(client, self._socket_lost)
         if not wire.is_open(client):
             self.fail("the server closed the connection")
         self._probe_task = asyncio.create_task(self._probe(client), name=f"probe {self.config.name}")
@@ -298,8 +337,13 @@ class Session:
             try:
                 await asyncio.wait_for(client.nodes.server_state.read_value(), self.timeout_s)
             except UaError as error:
-                if type(error).__name__ in ("BadSessionIdInvalid", "BadSessionClosed", "BadSecureChannelClosed",
-                                            "BadSecureChannelIdInvalid", "BadSessionNotActivated"):
+                if type(error).__name__ in (
+                    "BadSessionIdInvalid",
+                    "BadSessionClosed",
+                    "BadSecureChannelClosed",
+                    "BadSecureChannelIdInvalid",
+                    "BadSessionNotActivated",
+                ):
                     self.fail(type(error).__name__)
                     return
             except (TimeoutError, OSError) as error:
@@ -333,19 +377,26 @@ class Session:
         mode = getattr(ua.MessageSecurityMode, config.mode)
         policy = getattr(security_policies, f"SecurityPolicy{config.policy}")
         if config.server_certificate is not None:
-            server = pki.read_certificate(config.server_certificate, f"servers.{config.name}.server_certificate")
+            server = pki.read_certificate(
+                config.server_certificate, f"servers.{config.name}.server_certificate"
+            )
         else:
             server = await self._shown_certificate(policy.URI, mode)
-        await self.call(client.set_security(policy, str(own.certificate), str(own.key), None, server, mode),
-                        "load the certificates")
+        await self.call(
+            client.set_security(policy, str(own.certificate), str(own.key), None, server, mode),
+            "load the certificates",
+        )
 
     async def _shown_certificate(self, policy_uri: str, mode: ua.MessageSecurityMode) -> bytes:
         offered = await self._endpoints()
         for one in offered:
             if one.SecurityPolicyUri == policy_uri and one.SecurityMode == mode and one.ServerCertificate:
                 return bytes(one.ServerCertificate)
-        raise AccessRefused("the server does not offer this policy and mode", where=self.where,
-                            next_step=f"choose among what it offers: {_offer_text(offered)}")
+        raise AccessRefused(
+            "the server does not offer this policy and mode",
+            where=self.where,
+            next_step=f"choose among what it offers: {_offer_text(offered)}",
+        )
 
     async def _endpoints(self) -> list[Any]:
         asker = Client(self.config.endpoint, timeout=self.timeout_s)
@@ -359,9 +410,14 @@ class Session:
             raise
         except Exception as error:
             problem = self.problem(error, what)
-            closed = isinstance(error, ConnectionError) or (isinstance(error, UaError) and not isinstance(
-                problem, AccessRefused) and type(error) is UaError)
-            if what != "say hello" and (closed or (isinstance(error, TimeoutError) and self.config.policy != "None")):
+            closed = isinstance(error, ConnectionError) or (
+                isinstance(error, UaError)
+                and not isinstance(problem, AccessRefused)
+                and type(error) is UaError
+            )
+            if what != "say hello" and (
+                closed or (isinstance(error, TimeoutError) and self.config.policy != "None")
+            ):
                 problem = await self._refusal(what, error, problem)
             raise problem from error
 
@@ -372,37 +428,55 @@ class Session:
         except ConnectionProblem:
             return problem  # gone altogether
         config = self.config
-        fitting = [one for one in offered if one.SecurityPolicyUri.endswith(f"#{config.policy}")
-                   and (config.policy == "None" or one.SecurityMode == getattr(ua.MessageSecurityMode, config.mode))]
+        fitting = [
+            one
+            for one in offered
+            if one.SecurityPolicyUri.endswith(f"#{config.policy}")
+            and (config.policy == "None" or one.SecurityMode == getattr(ua.MessageSecurityMode, config.mode))
+        ]
         if not fitting:
-            return AccessRefused("the server does not offer this policy and mode", where=self.where,
-                                 next_step=f"choose among what it offers: {_offer_text(offered)}")
+            return AccessRefused(
+                "the server does not offer this policy and mode",
+                where=self.where,
+                next_step=f"choose among what it offers: {_offer_text(offered)}",
+            )
         if config.server_certificate is not None:
-            pinned = pki.read_certificate(config.server_certificate, f"servers.{config.name}.server_certificate")
+            pinned = pki.read_certificate(
+                config.server_certificate, f"servers.{config.name}.server_certificate"
+            )
             if all(bytes(one.ServerCertificate or b"") != pinned for one in fitting):
                 return AccessRefused(
-                    "the server shows another certificate than the one in server_certificate", where=self.where,
-                    next_step="make sure that this is your server, then put its present certificate there")
-        return AccessRefused(f"{what}: the server hung up ({type(error).__name__})", where=self.where,
-                             next_step=self._access_step("BadCertificateUntrusted"))
+                    "the server shows another certificate than the one in server_certificate",
+                    where=self.where,
+                    next_step="make sure that this is your server, then put its present certificate there",
+                )
+        return AccessRefused(
+            f"{what}: the server hung up ({type(error).__name__})",
+            where=self.where,
+            next_step=self._access_step("BadCertificateUntrusted"),
+        )
 
 
 def _offer_text(offered: list[Any]) -> str:
-    texts = {f"{one.SecurityPolicyUri.rpartition('#')[2]}/{ua.MessageSecurityMode(one.SecurityMode).name.rstrip('_')}"
-             for one in offered}
+    texts = {
+        f"{one.SecurityPolicyUri.rpartition('#')[2]}/{ua.MessageSecurityMode(one.SecurityMode).name.rstrip('_')}"
+        for one in offered
+    }
     return ", ".join(sorted(texts)) or "nothing"
 
 
 async def _operation_limits(client: Client) -> dict[str, int]:
     """Read Server/ServerCapabilities/OperationLimits (Part 5, 6.3.11); 0 and absent mean no limit known."""
     ids = {"read": 11705, "write": 11707, "monitor": 11714, "translate": 11712, "history": 12165}
-    nodes = [ua.NodeId(number, 0) for number in ids.values()]
+    nodes = [wire.node_id(number) for number in ids.values()]
     found = await client.uaclient.read_attributes(nodes, ua.AttributeIds.Value)
     limits = {}
     for name, one in zip(ids, found, strict=True):
         value = one.Value.Value if one.Value is not None else None
         good = one.StatusCode is None or one.StatusCode.is_good()
-        limits[name] = min(int(value), DEFAULT_LIMIT) if good and isinstance(value, int) and value > 0 else DEFAULT_LIMIT
+        limits[name] = (
+            min(int(value), DEFAULT_LIMIT) if good and isinstance(value, int) and value > 0 else DEFAULT_LIMIT
+        )
     return limits
 
 

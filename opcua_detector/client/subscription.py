@@ -30,7 +30,9 @@ LIFETIME_S = 60.0
 SILENCE_MARGIN_S = 2.0  # beyond a keep-alive interval; then the connection counts as dead
 BURST_S = 1.0  # the item queue holds what a server may send after a stall of this length
 GOOD_OVERLOAD = 0x002F0000  # Part 4, 7.38.2: sampling slowed down for lack of resources
-_FILTER_REFUSED = frozenset({"BadMonitoredItemFilterUnsupported", "BadMonitoredItemFilterInvalid", "BadFilterNotAllowed"})
+_FILTER_REFUSED = frozenset(
+    {"BadMonitoredItemFilterUnsupported", "BadMonitoredItemFilterInvalid", "BadFilterNotAllowed"}
+)
 _RETRY_FIRST_S, _RETRY_LAST_S = 1.0, 30.0
 
 OnSamples = Callable[[NDArray[np.int32], NDArray[np.int64], NDArray[np.float64], NDArray[np.uint32]], None]
@@ -71,14 +73,30 @@ class Subscription:
     clock_ns, utc_ns : for silence, and for samples without any stamp
     """
 
-    def __init__(self, session: Session, items: Sequence[Item], *, sampling_ns: int, publishing_ns: int,
-                 on_samples: OnSamples, on_lost: Callable[[], None],
-                 clock_ns: Callable[[], int] = time.monotonic_ns, utc_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        session: Session,
+        items: Sequence[Item],
+        *,
+        sampling_ns: int,
+        publishing_ns: int,
+        on_samples: OnSamples,
+        on_lost: Callable[[], None],
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        utc_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self.session = session
         self.items = tuple(items)
         self.revised = Revised()
-        self.counters = {"notifications": 0, "samples": 0, "keep_alives": 0, "overload": 0, "null_timestamp": 0,
-                         "lost_notifications": 0, "rebuilt": 0}
+        self.counters = {
+            "notifications": 0,
+            "samples": 0,
+            "keep_alives": 0,
+            "overload": 0,
+            "null_timestamp": 0,
+            "lost_notifications": 0,
+            "rebuilt": 0,
+        }
         self.last_heard_ns = 0
         self._sampling_ns, self._publishing_ns = sampling_ns, publishing_ns
         self._on_samples, self._on_lost = on_samples, on_lost
@@ -97,8 +115,10 @@ class Subscription:
     async def link_up(self) -> None:
         """Create the subscription and its items."""
         await self._create()
-        self._tasks = [asyncio.create_task(self._watch(), name="silence"),
-                       asyncio.create_task(self._retry(), name="items that fail")]
+        self._tasks = [
+            asyncio.create_task(self._watch(), name="silence"),
+            asyncio.create_task(self._retry(), name="items that fail"),
+        ]
 
     def link_down(self) -> None:
         """Forget the subscription of the lost connection."""
@@ -120,19 +140,25 @@ class Subscription:
         parameters = ua.CreateSubscriptionParameters()
         parameters.RequestedPublishingInterval = publishing_ms
         parameters.RequestedMaxKeepAliveCount = max(1, round(KEEP_ALIVE_S * 1e3 / max(publishing_ms, 1.0)))
-        parameters.RequestedLifetimeCount = max(3 * parameters.RequestedMaxKeepAliveCount,
-                                                round(LIFETIME_S * 1e3 / max(publishing_ms, 1.0)))
+        parameters.RequestedLifetimeCount = max(
+            3 * parameters.RequestedMaxKeepAliveCount, round(LIFETIME_S * 1e3 / max(publishing_ms, 1.0))
+        )
         parameters.MaxNotificationsPerPublish = 0
         parameters.PublishingEnabled = True
         parameters.Priority = 0
         request = ua.CreateSubscriptionRequest()
         request.Parameters = parameters
-        response = await session.call(self._exchange(request, ua.CreateSubscriptionResponse), "create a subscription")
+        response = await session.call(
+            self._exchange(request, ua.CreateSubscriptionResponse), "create a subscription"
+        )
         result = response.Parameters
         self._id = int(result.SubscriptionId)
         self._sequence = 0
-        self.revised = Revised(float(result.RevisedPublishingInterval), int(result.RevisedMaxKeepAliveCount),
-                               int(result.RevisedLifetimeCount))
+        self.revised = Revised(
+            float(result.RevisedPublishingInterval),
+            int(result.RevisedMaxKeepAliveCount),
+            int(result.RevisedLifetimeCount),
+        )
         self.last_heard_ns = self._clock_ns()
         self._alive = True
         assert session.pump is not None
@@ -156,7 +182,7 @@ class Subscription:
         size = self.session.limit("monitor")
         refused: list[tuple[Item, NodeRef]] = []
         for start in range(0, len(ready), size):
-            refused += await self._monitor(ready[start:start + size])
+            refused += await self._monitor(ready[start : start + size])
         if refused:  # a server that knows no filter: its own trigger is better than nothing
             for item, _ in refused:
                 item.filtered = False
@@ -187,7 +213,9 @@ class Subscription:
                 trigger.DeadbandType = ua.DeadbandType.None_
                 asked.Filter = trigger
             request.Parameters.ItemsToCreate.append(one)
-        response = await self.session.call(self._exchange(request, ua.CreateMonitoredItemsResponse), "monitor the tags")
+        response = await self.session.call(
+            self._exchange(request, ua.CreateMonitoredItemsResponse), "monitor the tags"
+        )
         refused = []
         for (item, ref), result in zip(ready, response.Results, strict=True):
             if result.StatusCode.is_good():
@@ -202,7 +230,9 @@ class Subscription:
 
     def _fails(self, item: Item, reason: str) -> None:
         if item.reason != reason:
-            log.warning("%s: tag %s (%s) delivers nothing: %s", self.session.where, item.name, item.node, reason)
+            log.warning(
+                "%s: tag %s (%s) delivers nothing: %s", self.session.where, item.name, item.node, reason
+            )
         item.reason = reason
 
     def _delivers(self, item: Item) -> None:
@@ -239,8 +269,9 @@ class Subscription:
     def _published(self, answer: wire.Publish | None) -> None:
         """Take one publish answer: values, keep-alive or the end of the subscription."""
         if answer is None or answer.status_change is not None:
-            code = "BadNoSubscription" if answer is None else ua.StatusCode(answer.status_change).name
-            if code != "GoodSubscriptionTransferred" and answer is not None and not answer.status_change & 0x80000000:
+            status = ua.StatusCodes.BadNoSubscription if answer is None else answer.status_change
+            code = wire.status_name(status or 0)
+            if code != "GoodSubscriptionTransferred" and not (status or 0) & 0x80000000:
                 return
             self._tasks.append(asyncio.create_task(self._rebuild(code), name="rebuild"))
             return

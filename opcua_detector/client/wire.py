@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,10 +26,22 @@ NO_STAMP = -(2**63)  # a null timestamp
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _EPOCH_TICKS = 116_444_736_000_000_000  # 100 ns from 1601 to 1970
 _MAX_TICKS = 208_678_456_000_000_000  # year 2262: where int64 nanoseconds end
-_FAULT = ua.FourByteNodeId(ua.ObjectIds.ServiceFault_Encoding_DefaultBinary)
+_FAULT = ua.ObjectIds.ServiceFault_Encoding_DefaultBinary
 _HISTORY_DATA = ua.ObjectIds.HistoryData_Encoding_DefaultBinary
 _DATA_CHANGE = ua.ObjectIds.DataChangeNotification_Encoding_DefaultBinary
-_NUMERIC = {1: "u1", 2: "i1", 3: "u1", 4: "<i2", 5: "<u2", 6: "<i4", 7: "<u4", 8: "<i8", 9: "<u8", 10: "<f4", 11: "<f8"}
+_NUMERIC = {
+    1: "u1",
+    2: "i1",
+    3: "u1",
+    4: "<i2",
+    5: "<u2",
+    6: "<i4",
+    7: "<u4",
+    8: "<i8",
+    9: "<u8",
+    10: "<f4",
+    11: "<f8",
+}
 
 
 @dataclass(slots=True)
@@ -59,6 +72,25 @@ class Publish:
     more: bool
     samples: Samples | None
     status_change: int | None
+
+
+def node_id(number: int) -> Any:
+    """Return a NodeId of namespace 0."""
+    make: Any = ua.NodeId
+    return make(number, 0)
+
+
+def status_name(code: int) -> str:
+    """Return the name of a StatusCode, such as `BadNodeIdUnknown`."""
+    make: Any = ua.StatusCode
+    return str(make(code).name)
+
+
+def on_closed(client: Client, call: Callable[[Exception | None], None]) -> None:
+    """Call back when the socket of a connected client closes."""
+    protocol = client.uaclient.protocol
+    if protocol is not None:
+        protocol.on_connection_lost = call
 
 
 def send(client: Client, request: Any, timeout_s: float) -> asyncio.Future[Buffer]:
@@ -98,7 +130,7 @@ def abandon(client: Client) -> None:
 
 def check(body: Buffer) -> None:
     """Raise the UaStatusCodeError of a ServiceFault."""
-    if nodeid_from_binary(body.copy(32)) == _FAULT:
+    if nodeid_from_binary(body.copy(32)) == node_id(_FAULT):
         rest = body.copy()
         nodeid_from_binary(rest)
         struct_from_binary(ua.ResponseHeader, rest).ServiceResult.check()
@@ -120,7 +152,7 @@ def write_results(body: Buffer) -> list[int]:
     return [int(code.value) for code in response.Results]
 
 
-# --- time and numbers ---------------------------------------------------------------------------------------------
+# --- time and numbers ---
 
 
 def to_ns(stamp: datetime | None) -> int:
@@ -158,7 +190,7 @@ def to_number(value: Any) -> float:
     return float("nan")
 
 
-# --- DataValues ---------------------------------------------------------------------------------------------------
+# --- DataValues ---
 
 
 def _layout(mask: int, kind: int, with_handle: bool) -> np.dtype[Any] | None:
@@ -169,8 +201,13 @@ def _layout(mask: int, kind: int, with_handle: bool) -> np.dtype[Any] | None:
         if kind not in _NUMERIC:
             return None
         fields += [("kind", "u1"), ("value", _NUMERIC[kind])]
-    for bit, name, form in ((0x02, "status", "<u4"), (0x04, "source", "<i8"), (0x10, "source_pico", "<u2"),
-                            (0x08, "server", "<i8"), (0x20, "server_pico", "<u2")):
+    for bit, name, form in (
+        (0x02, "status", "<u4"),
+        (0x04, "source", "<i8"),
+        (0x10, "source_pico", "<u2"),
+        (0x08, "server", "<i8"),
+        (0x20, "server_pico", "<u2"),
+    ):
         if mask & bit:
             fields.append((name, form))
     return None if mask & ~0x3F else np.dtype(fields)
@@ -202,8 +239,13 @@ def _uniform(raw: bytes, start: int, count: int, with_handle: bool) -> tuple[Sam
 def samples_of(values: list[tuple[int, ua.DataValue]]) -> Samples:
     """Turn asyncua's own DataValues into columns (the slow path)."""
     n = len(values)
-    out = Samples(np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), np.full(n, np.nan),
-                  np.zeros(n, np.uint32))
+    out = Samples(
+        np.zeros(n, np.int64),
+        np.zeros(n, np.int64),
+        np.zeros(n, np.int64),
+        np.full(n, np.nan),
+        np.zeros(n, np.uint32),
+    )
     for i, (handle, one) in enumerate(values):
         out.handle[i] = handle
         out.source_ns[i] = to_ns(one.SourceTimestamp)
@@ -254,7 +296,7 @@ class _Reader:
         if n < 0:
             return None
         self.at += n
-        return self.raw[self.at - n:self.at]
+        return self.raw[self.at - n : self.at]
 
 
 def decode_publish(body: Buffer) -> Publish:
@@ -275,8 +317,14 @@ def decode_publish(body: Buffer) -> Publish:
             values += [(item.ClientHandle, item.Value) for item in one.MonitoredItems]
         elif isinstance(one, ua.StatusChangeNotification):
             status_change = int(one.Status.value)
-    return Publish(int(result.SubscriptionId), int(message.SequenceNumber), to_ns(message.PublishTime),
-                   bool(result.MoreNotifications), samples_of(values) if values else None, status_change)
+    return Publish(
+        int(result.SubscriptionId),
+        int(message.SequenceNumber),
+        to_ns(message.PublishTime),
+        bool(result.MoreNotifications),
+        samples_of(values) if values else None,
+        status_change,
+    )
 
 
 def _fast_publish(raw: bytes) -> Publish:
@@ -284,7 +332,8 @@ def _fast_publish(raw: bytes) -> Publish:
     reader = _Reader(raw)
     reader.header()
     subscription_id = reader.take("<I")
-    reader.at += 4 * max(0, reader.take("<i"))
+    available = reader.take("<i")
+    reader.at += 4 * max(0, available)
     more = bool(reader.take("<B"))
     sequence_number = reader.take("<I")
     ticks = reader.take("<q")
@@ -325,8 +374,13 @@ def decode_history(body: Buffer) -> list[HistoryPage]:
         if isinstance(content, ua.ExtensionObject) and content.Body:
             content = struct_from_binary(ua.HistoryData, Buffer(content.Body))
         values = getattr(content, "DataValues", None) or []
-        pages.append(HistoryPage(int(result.StatusCode.value), result.ContinuationPoint or None,
-                                 samples_of([(0, one) for one in values])))
+        pages.append(
+            HistoryPage(
+                int(result.StatusCode.value),
+                result.ContinuationPoint or None,
+                samples_of([(0, one) for one in values]),
+            )
+        )
     return pages
 
 

@@ -29,9 +29,16 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
 _RETRY_FIRST_S, _RETRY_LAST_S = 1.0, 30.0
-_RANGES = {"SByte": (-2**7, 2**7 - 1), "Byte": (0, 2**8 - 1), "Int16": (-2**15, 2**15 - 1), "UInt16": (0, 2**16 - 1),
-           "Int32": (-2**31, 2**31 - 1), "UInt32": (0, 2**32 - 1), "Int64": (-2**63, 2**63 - 1),
-           "UInt64": (0, 2**64 - 1)}
+_RANGES = {
+    "SByte": (-(2**7), 2**7 - 1),
+    "Byte": (0, 2**8 - 1),
+    "Int16": (-(2**15), 2**15 - 1),
+    "UInt16": (0, 2**16 - 1),
+    "Int32": (-(2**31), 2**31 - 1),
+    "UInt32": (0, 2**32 - 1),
+    "Int64": (-(2**63), 2**63 - 1),
+    "UInt64": (0, 2**64 - 1),
+}
 _FLOAT_MAX = 3.4028234663852886e38
 
 OnAck = Callable[[str, int, int], None]
@@ -119,12 +126,25 @@ class WriteBack:
         cast_errors, timeouts
     """
 
-    def __init__(self, session: Session, nodes: Mapping[tuple[str, str], str], *, on_ack: OnAck | None = None,
-                 clock_s: Callable[[], float] = time.monotonic, utc_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        session: Session,
+        nodes: Mapping[tuple[str, str], str],
+        *,
+        on_ack: OnAck | None = None,
+        clock_s: Callable[[], float] = time.monotonic,
+        utc_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self.session = session
         self.outputs = {key: Output(*key, text) for key, text in nodes.items()}
-        self.counters = {"requests": 0, "values": 0, "superseded": 0, "failed_items": 0, "cast_errors": 0,
-                         "timeouts": 0}
+        self.counters = {
+            "requests": 0,
+            "values": 0,
+            "superseded": 0,
+            "failed_items": 0,
+            "cast_errors": 0,
+            "timeouts": 0,
+        }
         self.superseded: dict[str, int] = {monitor: 0 for monitor, _ in nodes}
         self.heartbeat = 0
         self._on_ack = on_ack
@@ -139,10 +159,11 @@ class WriteBack:
         self._beat_timer: asyncio.TimerHandle | None = None
         self._repair_task: asyncio.Task[None] | None = None
 
-    # --- for the application ---------------------------------------------------------------------------------------
+    # --- for the application ---
 
-    def offer(self, monitor: str, source_ns: int, fast: Mapping[str, Any],
-              slow: Mapping[str, Any] | None = None) -> None:
+    def offer(
+        self, monitor: str, source_ns: int, fast: Mapping[str, Any], slow: Mapping[str, Any] | None = None
+    ) -> None:
         """Give the newest result of a monitor; never waits.
 
         fast, slow : signal -> value (numbers, bool, str, sequences for arrays, ns for DateTime); signals that are not
@@ -178,13 +199,15 @@ class WriteBack:
         items, _ = self._items({monitor: dict(values) for monitor, values in (final or {}).items()})
         if items and self._ready and self.session.state is LinkState.CONNECTED:
             with contextlib.suppress(OSError, UaError, TimeoutError):
-                results = wire.write_results(await asyncio.wait_for(self._request(items), self.session.timeout_s))
+                results = wire.write_results(
+                    await asyncio.wait_for(self._request(items), self.session.timeout_s)
+                )
                 told = not any(code & 0x80000000 for code in results)
         self._ready = False
         self.session.detach(self)
         return told
 
-    # --- part of the session ---------------------------------------------------------------------------------------
+    # --- part of the session ---
 
     async def link_up(self) -> None:
         """Find the nodes on this connection and read their types."""
@@ -228,7 +251,9 @@ class WriteBack:
             elif not fact.writable:
                 self._fails(output, "this user may not write it")
             elif fact.type not in ACCEPTS[expected]:
-                self._fails(output, f"its type is {fact.type_name or 'unknown'}, {output.signal} is {expected}")
+                self._fails(
+                    output, f"its type is {fact.type_name or 'unknown'}, {output.signal} is {expected}"
+                )
             else:
                 self._works(output, ref, fact.type, SIGNALS[output.signal].array)
 
@@ -245,13 +270,19 @@ class WriteBack:
 
     def _fails(self, output: Output, reason: str) -> None:
         if output.reason != reason:
-            log.warning("%s: output %s.%s (%s) is not written: %s", self.session.where, output.monitor, output.signal,
-                        output.node, reason)
+            log.warning(
+                "%s: output %s.%s (%s) is not written: %s",
+                self.session.where,
+                output.monitor,
+                output.signal,
+                output.node,
+                reason,
+            )
         output.reason = reason
         output.retry_at = self._clock_s() + output.delay_s
         output.delay_s = min(output.delay_s * 2, _RETRY_LAST_S)
 
-    # --- requests --------------------------------------------------------------------------------------------------
+    # --- requests ---
 
     def _items(self, values: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list[Output]]:
         """Fill the prepared items of all values that can be written."""
@@ -286,7 +317,9 @@ class WriteBack:
         if self._fast and "fast" not in self._out:
             waiting, self._fast = self._fast, {}
             self.heartbeat += 1
-            values = {monitor: signals | {"Heartbeat": self.heartbeat} for monitor, (_, signals) in waiting.items()}
+            values = {
+                monitor: signals | {"Heartbeat": self.heartbeat} for monitor, (_, signals) in waiting.items()
+            }
             self._post("fast", values, {monitor: source_ns for monitor, (source_ns, _) in waiting.items()})
         if self._slow and not self._fast and "slow" not in self._out:
             texts, self._slow = self._slow, {}
@@ -311,8 +344,9 @@ class WriteBack:
             self.counters["timeouts"] += 1
             self.session.fail("a write was not answered")
 
-    def _answered(self, kind: str, future: asyncio.Future[Any], outputs: Sequence[Output],
-                  stamps: Mapping[str, int]) -> None:
+    def _answered(
+        self, kind: str, future: asyncio.Future[Any], outputs: Sequence[Output], stamps: Mapping[str, int]
+    ) -> None:
         if future.cancelled() or (error := future.exception()) is not None:
             if self._out.get(kind) is future:
                 self.session.fail(f"write: {'cancelled' if future.cancelled() else error}")
@@ -337,7 +371,7 @@ class WriteBack:
         for output, code in zip(outputs, results, strict=False):
             if code & 0x80000000:
                 self.counters["failed_items"] += 1
-                self._fails(output, ua.StatusCode(code).name)
+                self._fails(output, wire.status_name(code))
             else:
                 output.delay_s = _RETRY_FIRST_S
         if results and self._on_ack is not None:

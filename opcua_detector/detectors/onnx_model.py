@@ -150,6 +150,7 @@ class OnnxMethod:
         self.contract, self._session, self._stride, self._where = contract, session, stride, where
         self.channels = tuple(Channel(contract.judged[k], contract.judged[k], contract.residual) for k in judged_here)
         self.lag = 0
+        self.failures = 0  # runs that onnxruntime refused; the row then has no residual
         self.residual: Float64 = np.full(len(self.channels), np.nan)
         self._n_columns = len(columns)
         self._cols = np.array([at[name] for name in contract.columns], np.intp)
@@ -186,7 +187,13 @@ class OnnxMethod:
         return np.where(ok, x, 0.0).astype(np.float32), ok
 
     def residuals(self, record: Record) -> Float64:
-        """Return float64[n, n_channels]: what `update` gives row by row; the stream's memory is not touched."""
+        """Return float64[n, n_channels]: what `update` gives row by row; the stream's memory is not touched.
+
+        Raises
+        ------
+        ModelFileError
+            The graph fails on these rows (in the stream such a row has no residual, and `failures` counts it).
+        """
         return self._judge(record.values, record.valid, record.gap, [RESIDUAL])[0]
 
     def explain(self, values: Float64, valid: UInt8, source_ns: Int64, window: int) -> list[Cause]:
@@ -203,6 +210,13 @@ class OnnxMethod:
                                  self.contract.scale[out] if self.contract.scale else float("nan"),
                                  self.contract.levels, self.contract.quantiles[out] if self.contract.quantiles else ()))
         return causes(judged, np.asarray(source_ns), window)
+
+    def _call(self, names: list[str], feed: dict[str, Float32]) -> list[Float32]:
+        try:
+            return list(self._session.run(names, feed))
+        except Exception as error:  # onnxruntime has a type of its own for each way to fail
+            raise ModelFileError(f"the graph fails on these rows: {error}", where=self._where,
+                                 next_step="try the exported graph with onnxruntime where it was made") from error
 
     def _judge(self, values: Float64, valid: UInt8, gap: UInt8, names: list[str]) -> list[Float64]:
         raise NotImplementedError
@@ -245,7 +259,11 @@ class WindowMethod(OnnxMethod):
         if spoken < 0 or not (whole or ok[self._shared].all()):
             self.residual.fill(np.nan)
         elif spoken % self._stride == 0:
-            self._session.run_with_iobinding(self._binding)
+            try:
+                self._session.run_with_iobinding(self._binding)
+            except Exception:  # the loop never raises: no verdict, and a count
+                self.failures += 1
+                self._out.fill(np.nan)
             self.residual[:] = self._out[0] if self._all_judged else self._out[0, self._outs]
         if not whole:
             self.residual[~ok[self._own]] = np.nan
@@ -276,7 +294,7 @@ class WindowMethod(OnnxMethod):
         for start in range(0, len(first), batch):
             block = np.ascontiguousarray(windows[first[start:start + batch]].transpose(0, 2, 1))
             block = block.reshape(len(block), *self._rows_shape[1:])
-            for part, got in zip(parts, self._session.run(names, {self._rows_name: block}), strict=True):
+            for part, got in zip(parts, self._call(names, {self._rows_name: block}), strict=True):
                 part.append(got[:, self._outs].astype(np.float64))
         return [np.concatenate(part) for part in parts]
 
@@ -324,7 +342,11 @@ class StepMethod(OnnxMethod):
             self.reset()
             return
         self._input_row[0] = self._row
-        self._session.run_with_iobinding(self._bindings[self._now])
+        try:
+            self._session.run_with_iobinding(self._bindings[self._now])
+        except Exception:  # the loop never raises: no verdict, and a count
+            self.failures += 1
+            self._out.fill(np.nan)
         self._now = 1 - self._now
         if not np.isfinite(self._out).all():  # one NaN in a state would stay for ever
             self.reset()
@@ -347,7 +369,7 @@ class StepMethod(OnnxMethod):
                 states, good = fresh, 0
             if not whole[t]:
                 continue
-            got = self._session.run(wanted, {self._rows_name: x[t:t + 1], **states})
+            got = self._call(wanted, {self._rows_name: x[t:t + 1], **states})
             if not np.isfinite(got[0]).all():
                 states, good = fresh, 0
                 continue

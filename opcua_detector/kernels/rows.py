@@ -13,26 +13,92 @@ import numba
 import numpy as np
 
 # scalar state, int64[N_SCALARS]
-(PERIOD, LATENESS, MAX_HOLD, PHASE, ANCHOR, HAS_ANCHOR, ROW, NEWEST, LAST_ANY, MISSING, GAP_NEXT, SEQ, BOOT_N,
- BOOT_FIRST, BOOT_HOLES, BOOT_POS, BEHIND, OUT_N, BOOT_SPAN) = range(19)
+(
+    PERIOD,
+    LATENESS,
+    MAX_HOLD,
+    PHASE,
+    ANCHOR,
+    HAS_ANCHOR,
+    ROW,
+    NEWEST,
+    LAST_ANY,
+    MISSING,
+    GAP_NEXT,
+    SEQ,
+    BOOT_N,
+    BOOT_FIRST,
+    BOOT_HOLES,
+    BOOT_POS,
+    BEHIND,
+    OUT_N,
+    BOOT_SPAN,
+) = range(19)
 N_SCALARS = 19
 PHASE_BOOT, PHASE_RUN = 0, 1
 
 # per tag, int64[N_TAG_INTS, n_tags]
-(STAMP, SLOT, STATUS, KNOWN, USED, GOOD_SLOT, HAS_GOOD, NEWEST_SLOT, SEEN, STEP, STEP_MIN, STEP_MAX, STEP_COUNT,
- JUDGED, POLICY) = range(15)
+(
+    STAMP,
+    SLOT,
+    STATUS,
+    KNOWN,
+    USED,
+    GOOD_SLOT,
+    HAS_GOOD,
+    NEWEST_SLOT,
+    SEEN,
+    STEP,
+    STEP_MIN,
+    STEP_MAX,
+    STEP_COUNT,
+    JUDGED,
+    POLICY,
+) = range(15)
 N_TAG_INTS = 15
 POLICY_HOLD, POLICY_MASK, POLICY_STOP = 0, 1, 2
 
 # counters, uint64[N_COUNTERS]
 COUNTERS = (
-    "delivered", "used", "late", "duplicate", "replaced", "skipped",  # what became of each sample
-    "bad", "uncertain", "non_finite", "overflowed", "null_timestamp", "lost",  # what was wrong with samples
-    "held", "masked", "stale",  # cells of rows
-    "rows", "gaps", "clock_back",  # rows
+    "delivered",
+    "used",
+    "late",
+    "duplicate",
+    "replaced",
+    "skipped",  # what became of each sample
+    "bad",
+    "uncertain",
+    "non_finite",
+    "overflowed",
+    "null_timestamp",
+    "lost",  # what was wrong with samples
+    "held",
+    "masked",
+    "stale",  # cells of rows
+    "rows",
+    "gaps",
+    "clock_back",  # rows
 )
-(C_DELIVERED, C_USED, C_LATE, C_DUPLICATE, C_REPLACED, C_SKIPPED, C_BAD, C_UNCERTAIN, C_NON_FINITE, C_OVERFLOWED,
- C_NULL_TIMESTAMP, C_LOST, C_HELD, C_MASKED, C_STALE, C_ROWS, C_GAPS, C_CLOCK_BACK) = range(18)
+(
+    C_DELIVERED,
+    C_USED,
+    C_LATE,
+    C_DUPLICATE,
+    C_REPLACED,
+    C_SKIPPED,
+    C_BAD,
+    C_UNCERTAIN,
+    C_NON_FINITE,
+    C_OVERFLOWED,
+    C_NULL_TIMESTAMP,
+    C_LOST,
+    C_HELD,
+    C_MASKED,
+    C_STALE,
+    C_ROWS,
+    C_GAPS,
+    C_CLOCK_BACK,
+) = range(18)
 N_COUNTERS = 18
 
 DONE, FULL, UNSORTED = 0, 1, 2
@@ -48,21 +114,21 @@ OVERFLOW_BITS = 0x480  # InfoType DataValue (bit 10) with the Overflow bit (bit 
 
 
 @numba.njit(inline="always")
-def _slot(st, stamp):  # type: ignore[no-untyped-def]
+def _slot(st, stamp):
     """Row whose window (g - P/2, g + P/2] holds the stamp; half is rounded down for an odd period."""
     period = st[PERIOD]
     return (stamp - st[ANCHOR] + period - period // 2 - 1) // period
 
 
 @numba.njit(inline="always")
-def _expected(tags, j, row, max_hold):  # type: ignore[no-untyped-def]
+def _expected(tags, j, row, max_hold):
     """Whether the row waits for this tag: no sooner than its shortest interval, no longer than max_hold."""
     age = row - tags[NEWEST_SLOT, j]
     return tags[STEP, j] <= age <= max_hold
 
 
 @numba.njit(inline="always")
-def _count_missing(st, tags, n):  # type: ignore[no-untyped-def]
+def _count_missing(st, tags, n):
     missing = 0
     for j in range(n):
         if tags[NEWEST_SLOT, j] < st[ROW] and _expected(tags, j, st[ROW], st[MAX_HOLD]):
@@ -71,7 +137,7 @@ def _count_missing(st, tags, n):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _set_current(tags, tag_values, counts, j, stamp, slot, value, status):  # type: ignore[no-untyped-def]
+def _set_current(tags, tag_values, counts, j, stamp, slot, value, status):
     """Make a sample the value of the tag from now on; one that no row has used is replaced."""
     if tags[KNOWN, j] == 1 and tags[USED, j] == 0:
         counts[C_REPLACED] += np.uint64(1)
@@ -88,8 +154,9 @@ def _set_current(tags, tag_values, counts, j, stamp, slot, value, status):  # ty
 
 
 @numba.njit
-def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts):
-    # type: ignore[no-untyped-def]
+def _close_row(
+    st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts
+):
     """Close row ROW: newest sample per tag, hold-last, masks; then go on to the next row."""
     n = tags.shape[1]
     row = st[ROW]
@@ -99,8 +166,11 @@ def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_val
         if ring[0, at, j] != FAR_PAST:
             _set_current(tags, tag_values, counts, j, ring[0, at, j], row, ring_values[at, j], ring[1, at, j])
             ring[0, at, j] = FAR_PAST
-        if tags[POLICY, j] == POLICY_STOP and tags[KNOWN, j] == 1 and (
-                (tags[STATUS, j] & 0x80000000) != 0 or not np.isfinite(tag_values[0, j])):
+        if (
+            tags[POLICY, j] == POLICY_STOP
+            and tags[KNOWN, j] == 1
+            and ((tags[STATUS, j] & 0x80000000) != 0 or not np.isfinite(tag_values[0, j]))
+        ):
             stop = True
     st[ROW] = row + 1
     if stop:
@@ -122,8 +192,11 @@ def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_val
                 counts[C_USED] += np.uint64(1)
             status = tags[STATUS, j]
             if (status & 0x80000000) != 0:
-                if tags[POLICY, j] == POLICY_HOLD and tags[HAS_GOOD, j] == 1 and (
-                        row - tags[GOOD_SLOT, j] <= st[MAX_HOLD]):
+                if (
+                    tags[POLICY, j] == POLICY_HOLD
+                    and tags[HAS_GOOD, j] == 1
+                    and (row - tags[GOOD_SLOT, j] <= st[MAX_HOLD])
+                ):
                     value = tag_values[1, j]
                     valid = 1
                     status = LAST_USABLE
@@ -158,8 +231,9 @@ def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_val
 
 
 @numba.njit
-def _close_due(st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts, hole, flush):
-    # type: ignore[no-untyped-def]
+def _close_due(
+    st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts, hole, flush
+):
     """Close every row that is due; True when the output is full and more may be due."""
     half = st[PERIOD] // 2
     while True:
@@ -177,7 +251,7 @@ def _close_due(st, tags, tag_values, ring, ring_values, out, out_values, out_val
 
 
 @numba.njit
-def _start_grid(st, tags, boot, counts):  # type: ignore[no-untyped-def]
+def _start_grid(st, tags, boot, counts):
     """End the start phase: choose the phase of the grid and the first row.
 
     The phase is the middle of the arc that the stamps seen so far cover (the circle less its widest empty arc), so
@@ -187,7 +261,7 @@ def _start_grid(st, tags, boot, counts):  # type: ignore[no-untyped-def]
     period = st[PERIOD]
     n = st[BOOT_N] - st[BOOT_FIRST]
     if st[HAS_ANCHOR] == 0:
-        phases = np.sort((boot[1, st[BOOT_FIRST]:st[BOOT_N]] - first) % period)
+        phases = np.sort((boot[1, st[BOOT_FIRST] : st[BOOT_N]] - first) % period)
         widest = phases[0] + period - phases[n - 1]  # empty arc that ends at the lowest phase
         after = 0
         for i in range(1, n):
@@ -221,7 +295,7 @@ def _start_grid(st, tags, boot, counts):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _resume(st, tags, row):  # type: ignore[no-untyped-def]
+def _resume(st, tags, row):
     """Go on after a hole: the row waits for every tag that was alive when the hole began."""
     for j in range(tags.shape[1]):
         if st[LAST_ANY] - tags[NEWEST_SLOT, j] <= st[MAX_HOLD]:
@@ -232,8 +306,9 @@ def _resume(st, tags, row):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value, status):
-    # type: ignore[no-untyped-def]
+def _take(
+    st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value, status
+):
     """Put one sample where it belongs: its row, the hold value when that row is closed, or a counter."""
     if tags[KNOWN, j] == 1 and stamp <= tags[STAMP, j]:
         if stamp < tags[STAMP, j]:
@@ -287,7 +362,7 @@ def _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value
 
 
 @numba.njit
-def _lose(st, tags, ring, counts):  # type: ignore[no-untyped-def]
+def _lose(st, tags, ring, counts):
     """Forget every hold and go back to the start phase; the grid keeps its phase."""
     for j in range(tags.shape[1]):
         for at in range(ring.shape[1]):
@@ -318,9 +393,26 @@ def _lose(st, tags, ring, counts):  # type: ignore[no-untyped-def]
     "uint32[::1], int64[::1], int64, boolean)",
     cache=True,
 )
-def close_rows(  # type: ignore[no-untyped-def]
-    st, tags, tag_values, ring, ring_values, boot, boot_values, out, out_values, out_valid, out_status, counts,
-    tag_index, source_ns, value, status, position, watermark, flush,
+def close_rows(
+    st,
+    tags,
+    tag_values,
+    ring,
+    ring_values,
+    boot,
+    boot_values,
+    out,
+    out_values,
+    out_valid,
+    out_status,
+    counts,
+    tag_index,
+    source_ns,
+    value,
+    status,
+    position,
+    watermark,
+    flush,
 ):
     """Take samples from `position` on and write the rows that close; the caller drains them and calls again.
 
@@ -399,8 +491,19 @@ def close_rows(  # type: ignore[no-untyped-def]
         pending = st[ROW] <= st[LAST_ANY]
         overdue = st[NEWEST] >= st[ANCHOR] + st[ROW] * st[PERIOD] + st[PERIOD] // 2 + st[LATENESS]
         if (overdue or (pending and (st[MISSING] == 0 or hole or flush))) and _close_due(
-                st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts, hole,
-                flush and not has):
+            st,
+            tags,
+            tag_values,
+            ring,
+            ring_values,
+            out,
+            out_values,
+            out_valid,
+            out_status,
+            counts,
+            hole,
+            flush and not has,
+        ):
             return FULL
         if not has:
             return DONE
@@ -442,13 +545,34 @@ def close_rows(  # type: ignore[no-untyped-def]
     "uint8[:,::1], uint32[:,::1], uint64[::1])",
     cache=True,
 )
-def lose_connection(  # type: ignore[no-untyped-def]
-    st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts,
+def lose_connection(
+    st,
+    tags,
+    tag_values,
+    ring,
+    ring_values,
+    out,
+    out_values,
+    out_valid,
+    out_status,
+    counts,
 ):
     """Close the rows that have samples, then forget every hold; arrays as in `close_rows`, returns DONE or FULL."""
     if st[PHASE] == PHASE_RUN:
-        if _close_due(st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts, False,
-                      True):
+        if _close_due(
+            st,
+            tags,
+            tag_values,
+            ring,
+            ring_values,
+            out,
+            out_values,
+            out_valid,
+            out_status,
+            counts,
+            False,
+            True,
+        ):
             return FULL
     _lose(st, tags, ring, counts)
     return DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ from .opening import make_folder, open_beside, open_for_writing, set_aside
 from .recorder import Recorder, WriterSettings, free_name
 from .retention import Retention
 from .rings import Recording, RowRing
-from .schema import MIGRATIONS, DamagedStore, Migration, Synchronous, check_file
+from .schema import MIGRATIONS, DamagedStore, Migration, Synchronous, check_file, store_error
 from .writer_lock import WriterLock
 
 
@@ -447,6 +448,8 @@ class Store(EntryWriter):
         future = self._writer.retain()
         try:
             future.result(timeout_s)
+        except sqlite3.Error as exc:
+            raise store_error(exc, self.path) from exc
         except TimeoutError as exc:
             raise StoreError(
                 f"retention is not through after {timeout_s:g} s; it goes on in the background",

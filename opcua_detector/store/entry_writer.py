@@ -118,16 +118,12 @@ class EntryWriter(Reader):
         self._writer.run_id = run_id
         return run_id
 
-    def end_run(self, reason: str = "stopped") -> None:
-        """End the run under way, after everything offered in it."""
-        run_id = self._writer.run_id
-        self.flush()
+    def end_run(self, reason: str = "stopped", timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """End the run under way; everything offered in it is in the same or an earlier commit."""
+        values = [self._clock_ns(), reason, self._writer.run_id]
         self._writer.call(
-            lambda db: db.execute(
-                "UPDATE runs SET ended_ns = ?, end_reason = ? WHERE id = ?",
-                [self._clock_ns(), reason, run_id],
-            ),
-            CALL_TIMEOUT_S,
+            lambda db: db.execute("UPDATE runs SET ended_ns = ?, end_reason = ? WHERE id = ?", values),
+            timeout_s,
         )
         self._writer.run_id = 0
 

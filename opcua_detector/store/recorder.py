@@ -175,13 +175,16 @@ class Recorder:
         waited: bool = False,
     ) -> Future[Any]:
         """Queue work for the next transaction; never waits, never drops."""
-        if self._closing.is_set():
-            raise StoreError("the store is closed", where=str(self.path), next_step="open it again")
+        self._check_open()
         task = Task(work, Future(), waited)
         self._tasks.append(task)
         if urgent:
             self._wake.set()
         return task.future
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise StoreError("the store is closed", where=str(self.path), next_step="open it again")
 
     def call(self, work: Callable[[sqlite_utils.Database], Any] | None, timeout_s: float) -> Any:
         """Queue work, wait until it is committed and return what it returned.
@@ -212,6 +215,7 @@ class Recorder:
 
     def retain(self) -> Future[Any]:
         """Ask for a full retention pass; the future is done when it is through."""
+        self._check_open()
         future = self._retainer.request()
         self._wake.set()
         return future

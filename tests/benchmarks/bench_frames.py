@@ -1,6 +1,6 @@
 """Time of one notification through the rule of time: push and drain, with 2, 20 and 200 samples.
 
-    python tests/benchmarks/bench_frames.py
+python tests/benchmarks/bench_frames.py
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_store.py [--tags 8] [--rows 200000] [--folder FOLDER]
 
-Prints one line per figure and a JSON object last. Offers are timed one by one while the writer commits beside them;
-the plant-like rows are a sum of sines with a resolution of 12 bit, as analog inputs have it.
+Prints one line per figure and a JSON object last. Offers are timed one by one while the writer commits beside
+them; the rows are waves and noise in steps of 12 bit, as analog inputs give them.
 """
 
 from __future__ import annotations
@@ -122,16 +122,29 @@ def whole(folder: Path, record: Record) -> dict[str, float]:
 
 def main() -> None:
     """Run all measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tags", type=int, default=8)
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; default: a temporary folder"
+    )
     chosen = parser.parse_args()
     record = plant_rows(chosen.rows, chosen.tags)
     record = Record(
-        tuple(Tag(tag.name) for tag in record.tags), PERIOD_NS, record.source_ns, record.values, record.valid, record.gap
+        tuple(Tag(tag.name) for tag in record.tags),
+        PERIOD_NS,
+        record.source_ns,
+        record.values,
+        record.valid,
+        record.gap,
     )
-    figures: dict[str, float] = {"tags": chosen.tags, "rows": chosen.rows, "raw_bytes_per_row": 8.0 * (chosen.tags + 1)}
+    figures: dict[str, float] = {
+        "tags": chosen.tags,
+        "rows": chosen.rows,
+        "raw_bytes_per_row": 8.0 * (chosen.tags + 1),
+    }
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
         figures |= offers(folder, record, min(chosen.rows, 50_000), 1000)

@@ -29,8 +29,13 @@ WAIT_S = 30.0
 def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPlant]:
     """Lorenz with history, which refuses writes that carry timestamps."""
     pki = tmp_path_factory.mktemp("plant-pki")
-    with running_plant("lorenz", history_rows=HISTORY_ROWS, user=f"{USER}:{PASSWORD}", pki=pki,
-                       config={"history_page_rows": 3000, "refuse_write_timestamps": True}) as running:
+    with running_plant(
+        "lorenz",
+        history_rows=HISTORY_ROWS,
+        user=f"{USER}:{PASSWORD}",
+        pki=pki,
+        config={"history_page_rows": 3000, "refuse_write_timestamps": True},
+    ) as running:
         yield running
 
 
@@ -117,7 +122,9 @@ async def watch(client: Client, *names: str) -> Values:
     seen = Values()
     index = await client.get_namespace_index("urn:opcua-detector:results")
     subscription = await client.create_subscription(10, seen)
-    await subscription.subscribe_data_change([client.get_node(f"ns={index};s=lorenz.{name}") for name in names])
+    await subscription.subscribe_data_change(
+        [client.get_node(f"ns={index};s=lorenz.{name}") for name in names]
+    )
     return seen
 
 
@@ -137,21 +144,32 @@ class OddServer:
         self.endpoint = ""
         self.uri = "urn:odd"
 
-    async def start(self) -> None:
+    async def start(self, *namespaces: str) -> None:
+        """Start with these namespaces registered before its own."""
         logging.getLogger("asyncua").setLevel(logging.CRITICAL)
         server = self.server
         await server.init()
         server.set_endpoint("opc.tcp://127.0.0.1:0/")
         server.set_security_policy([ua.SecurityPolicyType.NoSecurity])
+        for uri in namespaces:
+            await server.register_namespace(uri)
         index = await server.register_namespace(self.uri)
         for name, value, kind in (
-            ("Float", 0.0, ua.VariantType.Float), ("Double", 0.0, ua.VariantType.Double),
-            ("Int16", 0, ua.VariantType.Int16), ("Byte", 0, ua.VariantType.Byte), ("UInt32", 0, ua.VariantType.UInt32),
-            ("Boolean", False, ua.VariantType.Boolean), ("String", "", ua.VariantType.String),
-            ("Text", ua.LocalizedText(""), ua.VariantType.LocalizedText), ("ReadOnly", 0.0, ua.VariantType.Double),
-            ("Array", [0.0, 0.0], ua.VariantType.Double), ("Outside", 7.0, ua.VariantType.Double),
+            ("Float", 0.0, ua.VariantType.Float),
+            ("Double", 0.0, ua.VariantType.Double),
+            ("Int16", 0, ua.VariantType.Int16),
+            ("Byte", 0, ua.VariantType.Byte),
+            ("UInt32", 0, ua.VariantType.UInt32),
+            ("Boolean", False, ua.VariantType.Boolean),
+            ("String", "", ua.VariantType.String),
+            ("Text", ua.LocalizedText(""), ua.VariantType.LocalizedText),
+            ("ReadOnly", 0.0, ua.VariantType.Double),
+            ("Array", [0.0, 0.0], ua.VariantType.Double),
+            ("Outside", 7.0, ua.VariantType.Double),
         ):
-            node = await server.nodes.objects.add_variable(ua.NodeId(name, index), f"{index}:{name}", value, kind)
+            node = await server.nodes.objects.add_variable(
+                ua.NodeId(name, index), f"{index}:{name}", value, kind
+            )
             if name != "ReadOnly":
                 await node.set_writable()
             self.nodes[name] = node

@@ -27,7 +27,9 @@ async def healthy(other: Client):
     await call(other, "ClearQuirks")
 
 
-async def test_live_rows_are_complete_and_equal_the_plants_own_values(session: Session, plant: RunningPlant) -> None:
+async def test_live_rows_are_complete_and_equal_the_plants_own_values(
+    session: Session, plant: RunningPlant
+) -> None:
     rows = Rows()
     feed = GroupFeed(group_config("x1", "x3"), {"plant": session}, rows.take)
     await feed.start()
@@ -42,14 +44,18 @@ async def test_live_rows_are_complete_and_equal_the_plants_own_values(session: S
     assert np.array_equal(np.array([row[2] for row in rows.rows]), twin.rows(len(stamps)).values[:, :2])
     assert all(row[3].all() for row in rows.rows)
     counts = feed.counters()
-    assert counts["used"] + counts["skipped"] + feed.builder.pending == counts["delivered"] == counts["samples"]
+    assert (
+        counts["used"] + counts["skipped"] + feed.builder.pending == counts["delivered"] == counts["samples"]
+    )
     assert counts["lost"] == counts["late"] == counts["overload"] == counts["frame_errors"] == 0
     revised = feed.revised()["plant"]
     assert revised.publishing_ms == 10.0 and revised.keep_alive_count >= 1
     assert all(item.revised_queue >= 10 for one in feed.subscriptions.values() for item in one.items)
 
 
-async def test_null_source_timestamps_fall_back_to_the_server_and_are_counted(session: Session, healthy: Client) -> None:
+async def test_null_source_timestamps_fall_back_to_the_server_and_are_counted(
+    session: Session, healthy: Client
+) -> None:
     await call(healthy, "SetQuirk", "measured", "null_source", 1.0)
     rows = Rows()
     feed = GroupFeed(group_config("x1", "x3"), {"plant": session}, rows.take)
@@ -60,7 +66,9 @@ async def test_null_source_timestamps_fall_back_to_the_server_and_are_counted(se
     await feed.stop()
 
 
-async def test_bad_and_nan_samples_are_masked_and_the_other_tag_is_not(session: Session, healthy: Client) -> None:
+async def test_bad_and_nan_samples_are_masked_and_the_other_tag_is_not(
+    session: Session, healthy: Client
+) -> None:
     await call(healthy, "SetQuirk", "x1", "bad", 1.0)
     rows = Rows()
     feed = GroupFeed(group_config("x1", "x3"), {"plant": session}, rows.take)
@@ -76,11 +84,22 @@ async def test_bad_and_nan_samples_are_masked_and_the_other_tag_is_not(session: 
     await feed.stop()
 
 
-async def test_change_only_reporting_beside_a_fast_tag_gives_every_row(session: Session, healthy: Client) -> None:
+async def test_change_only_reporting_beside_a_fast_tag_gives_every_row(
+    session: Session, healthy: Client
+) -> None:
     rows = Rows()
-    feed = GroupFeed(group_config("x1", "constant", tags=(
-        TagConfig(name="x1", node=f"{PLANT}lorenz.x1"),
-        TagConfig(name="constant", node=f"{PLANT}lorenz.constant", kind="setpoint"))), {"plant": session}, rows.take)
+    feed = GroupFeed(
+        group_config(
+            "x1",
+            "constant",
+            tags=(
+                TagConfig(name="x1", node=f"{PLANT}lorenz.x1"),
+                TagConfig(name="constant", node=f"{PLANT}lorenz.constant", kind="setpoint"),
+            ),
+        ),
+        {"plant": session},
+        rows.take,
+    )
     await call(healthy, "SetQuirk", "constant", "on_change", 1.0)
     await feed.start()
     await rows.more(200)
@@ -101,7 +120,8 @@ async def test_a_tag_that_is_missing_is_named_and_the_rest_delivers(session: Ses
 
 
 async def test_a_subscription_that_the_server_has_forgotten_is_made_anew(
-    session: Session, monkeypatch: pytest.MonkeyPatch,
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The simulator deletes it without a word: no StatusChangeNotification, no BadNoSubscription, only silence."""
     monkeypatch.setattr(subscription, "KEEP_ALIVE_S", 0.3)
@@ -127,7 +147,8 @@ async def test_a_subscription_ended_with_a_status_is_made_anew_on_the_same_sessi
     message = ua.PublishResponse()
     message.Parameters.SubscriptionId = one._id
     message.Parameters.NotificationMessage.NotificationData = [
-        ua.StatusChangeNotification(Status=ua.StatusCode(ua.StatusCodes.BadTimeout))]
+        ua.StatusChangeNotification(Status=ua.StatusCode(ua.StatusCodes.BadTimeout))
+    ]
     one._published(wire.decode_publish(Buffer(struct_to_binary(message))))
     before = len(rows.rows)
     await rows.until(lambda r: len(r.rows) > before + 30)
@@ -138,8 +159,10 @@ async def test_a_subscription_ended_with_a_status_is_made_anew_on_the_same_sessi
 
 async def test_two_groups_share_a_session(session: Session) -> None:
     first, second = Rows(), Rows()
-    feeds = [GroupFeed(group_config("x1"), {"plant": session}, first.take),
-             GroupFeed(group_config("x3", period="20 ms"), {"plant": session}, second.take)]
+    feeds = [
+        GroupFeed(group_config("x1"), {"plant": session}, first.take),
+        GroupFeed(group_config("x3", period="20 ms"), {"plant": session}, second.take),
+    ]
     for feed in feeds:
         await feed.start()
     await first.more(40)
@@ -169,9 +192,16 @@ async def test_an_idle_server_gives_held_rows_and_text_tags_a_stable_code(odd: O
     """Nothing changes after the first value: held rows come by the clock, up to max_hold, since the server is alive."""
     one = Session(server_config(odd.endpoint))
     await one.open()
-    group = group_config("x", period="50 ms", max_hold=10, tags=(
-        TagConfig(name="speed", node=odd.text("Double")), TagConfig(name="on", node=odd.text("Boolean")),
-        TagConfig(name="mode", node=odd.text("String"), kind="state")))
+    group = group_config(
+        "x",
+        period="50 ms",
+        max_hold=10,
+        tags=(
+            TagConfig(name="speed", node=odd.text("Double")),
+            TagConfig(name="on", node=odd.text("Boolean")),
+            TagConfig(name="mode", node=odd.text("String"), kind="state"),
+        ),
+    )
     rows = Rows()
     feed = GroupFeed(group, {"plant": one}, rows.take)
     now = ua.DataValue(ua.Variant("auto", ua.VariantType.String))

@@ -16,8 +16,12 @@ from sim_server.testing import RunningPlant
 from .conftest import HISTORY_ROWS, PLANT
 
 PERIOD = 10_000_000
-TAGS = [Tag("x1", f"{PLANT}lorenz.x1"), Tag("x3", f"{PLANT}lorenz.x3"),
-        Tag("total", f"{PLANT}lorenz.total", TagKind.COUNTER), Tag("state", f"{PLANT}lorenz.state", TagKind.STATE)]
+TAGS = [
+    Tag("x1", f"{PLANT}lorenz.x1"),
+    Tag("x3", f"{PLANT}lorenz.x3"),
+    Tag("total", f"{PLANT}lorenz.total", TagKind.COUNTER),
+    Tag("state", f"{PLANT}lorenz.state", TagKind.STATE),
+]
 
 
 def truth(rows: int) -> np.ndarray:
@@ -29,13 +33,22 @@ def truth(rows: int) -> np.ndarray:
     return np.column_stack([values[:, names.index(tag.name)] for tag in TAGS])
 
 
-async def test_the_whole_history_is_the_plants_own_values_with_progress(session: Session, plant: RunningPlant) -> None:
+async def test_the_whole_history_is_the_plants_own_values_with_progress(
+    session: Session, plant: RunningPlant
+) -> None:
     start = plant.start_ns - HISTORY_ROWS * PERIOD
     assert await oldest_ns(session, TAGS[0].node) == start
     steps: list[tuple[int, int]] = []
     counts: dict[str, int] = {}
-    record = await read_history(session, TAGS, start, plant.start_ns, PERIOD,
-                                progress=lambda done, total: steps.append((done, total)), counts=counts)
+    record = await read_history(
+        session,
+        TAGS,
+        start,
+        plant.start_ns,
+        PERIOD,
+        progress=lambda done, total: steps.append((done, total)),
+        counts=counts,
+    )
     assert len(record) == HISTORY_ROWS >= 20_000
     assert np.array_equal(record.source_ns, start + np.arange(HISTORY_ROWS) * PERIOD)
     assert np.array_equal(record.values, truth(HISTORY_ROWS))
@@ -45,14 +58,18 @@ async def test_the_whole_history_is_the_plants_own_values_with_progress(session:
     assert len(steps) > 5 and done == sorted(done) and steps[-1] == (HISTORY_ROWS, HISTORY_ROWS)
 
 
-async def test_a_part_of_the_history_has_no_row_twice_at_page_borders(session: Session, plant: RunningPlant) -> None:
+async def test_a_part_of_the_history_has_no_row_twice_at_page_borders(
+    session: Session, plant: RunningPlant
+) -> None:
     start = plant.start_ns - 15_000 * PERIOD
     (samples,) = await read_samples(session, [TAGS[0].node], start, start + 12_345 * PERIOD)
     assert np.array_equal(samples.source_ns, start + np.arange(12_345) * PERIOD)
 
 
 async def test_a_server_without_continuation_points_is_read_on_by_time(
-    session: Session, plant: RunningPlant, monkeypatch: pytest.MonkeyPatch,
+    session: Session,
+    plant: RunningPlant,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The simulator counts NumValuesPerNode over all pages, so a small page ends without a continuation point."""
     monkeypatch.setattr("opcua_detector.client.history.PAGE_VALUES", 4000)

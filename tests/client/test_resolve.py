@@ -17,20 +17,27 @@ from .conftest import PLANT, RESULTS, OddServer, server_config
 
 async def test_node_ids_and_browse_paths_lead_to_the_same_node(session: Session) -> None:
     index = session.namespaces.index("urn:opcua-detector:simulated-plant")
-    texts = [f"{PLANT}lorenz.x1", f"ns={index};s=lorenz.x1", f"/Objects/{index}:Plant/{index}:lorenz/{index}:x1",
-             "/Objects/nsu=urn:opcua-detector:simulated-plant;Plant/"
-             f"{index}:lorenz/nsu=urn:opcua-detector:simulated-plant;x1"]
+    texts = [
+        f"{PLANT}lorenz.x1",
+        f"ns={index};s=lorenz.x1",
+        f"/Objects/{index}:Plant/{index}:lorenz/{index}:x1",
+        "/Objects/nsu=urn:opcua-detector:simulated-plant;Plant/"
+        f"{index}:lorenz/nsu=urn:opcua-detector:simulated-plant;x1",
+    ]
     found = await resolve(session, texts)
     assert {ref.nsu for ref in found.values() if isinstance(ref, NodeRef)} == {f"{PLANT}lorenz.x1"}
     assert all(isinstance(ref, NodeRef) for ref in found.values())
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("nsu=urn:elsewhere;s=x", "no namespace 'urn:elsewhere'"),
-    ("/Objects/2:Plant/2:nowhere", "leads nowhere"),
-    ("/Objects//2:x", "step of the browse path is empty"),
-    ("ns=two;s=x", "no NodeId"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nsu=urn:elsewhere;s=x", "no namespace 'urn:elsewhere'"),
+        ("/Objects/2:Plant/2:nowhere", "leads nowhere"),
+        ("/Objects//2:x", "step of the browse path is empty"),
+        ("ns=two;s=x", "no NodeId"),
+    ],
+)
 async def test_a_text_that_leads_nowhere_says_why(session: Session, text: str, words: str) -> None:
     with pytest.raises(NodeProblem, match=words) as caught:
         await resolve_one(session, text)
@@ -39,18 +46,19 @@ async def test_a_text_that_leads_nowhere_says_why(session: Session, text: str, w
 
 def test_a_path_may_hold_uris_with_slashes_and_escaped_names() -> None:
     assert split_path("/Objects/nsu=http://a/b;Plant/3:a&/b/2:c&:d") == [
-        ("0", "Objects"), ("nsu=http://a/b", "Plant"), ("3", "a/b"), ("2", "c:d")]
+        ("0", "Objects"),
+        ("nsu=http://a/b", "Plant"),
+        ("3", "a/b"),
+        ("2", "c:d"),
+    ]
 
 
 async def test_the_index_of_a_namespace_is_asked_on_each_session() -> None:
     """The same nsu= text finds its node on servers that register their namespaces in another order."""
     indices = []
-    for first in ("urn:other", None):
+    for before in (("urn:other",), ()):
         odd = OddServer()
-        if first:
-            await odd.server.init()
-            await odd.server.register_namespace(first)
-        await odd.start()
+        await odd.start(*before)
         one = Session(server_config(odd.endpoint))
         await one.open()
         ref = await resolve_one(one, odd.text("Double"))
@@ -62,21 +70,33 @@ async def test_the_index_of_a_namespace_is_asked_on_each_session() -> None:
 
 
 async def test_good_tags_and_outputs_have_no_findings(session: Session) -> None:
-    tags = [Tag("x1", f"{PLANT}lorenz.x1", unit="1", eu_range=(-30.0, 30.0)),
-            Tag("state", f"{PLANT}lorenz.state", TagKind.STATE),
-            Tag("fault", f"{PLANT}lorenz.active_fault", TagKind.STATE)]
+    tags = [
+        Tag("x1", f"{PLANT}lorenz.x1", unit="1", eu_range=(-30.0, 30.0)),
+        Tag("state", f"{PLANT}lorenz.state", TagKind.STATE),
+        Tag("fault", f"{PLANT}lorenz.active_fault", TagKind.STATE),
+    ]
     assert await check_tags(session, tags) == []
     assert await check_outputs(session, {signal: RESULTS + signal for signal in SIGNALS}) == []
 
 
 async def test_all_problems_of_tags_are_found_at_once(session: Session) -> None:
-    tags = [Tag("gone", f"{PLANT}lorenz.x9"), Tag("object", f"{PLANT}lorenz"),
-            Tag("text", f"{PLANT}lorenz.active_fault"), Tag("unit", f"{PLANT}lorenz.x1", unit="kg"),
-            Tag("range", f"{PLANT}lorenz.x3", eu_range=(0.0, 1.0)), Tag("path", "/Objects/2:no")]
+    tags = [
+        Tag("gone", f"{PLANT}lorenz.x9"),
+        Tag("object", f"{PLANT}lorenz"),
+        Tag("text", f"{PLANT}lorenz.active_fault"),
+        Tag("unit", f"{PLANT}lorenz.x1", unit="kg"),
+        Tag("range", f"{PLANT}lorenz.x3", eu_range=(0.0, 1.0)),
+        Tag("path", "/Objects/2:no"),
+    ]
     findings = await check_tags(session, tags)
     assert [(f.where.split(" ")[0], f.error) for f in findings] == [
-        ("tags.gone", True), ("tags.object", True), ("tags.text", True), ("tags.unit", True), ("tags.range", False),
-        ("tags.path", True)]
+        ("tags.gone", True),
+        ("tags.object", True),
+        ("tags.text", True),
+        ("tags.unit", True),
+        ("tags.range", False),
+        ("tags.path", True),
+    ]
     assert all(f.fix for f in findings)
     assert "BadNodeIdUnknown" in findings[0].problem and "'kg'" in findings[3].problem
     with pytest.raises(NodeProblem, match="5 nodes are not as configured") as caught:
@@ -91,10 +111,20 @@ def test_warnings_alone_raise_nothing() -> None:
 async def test_problems_of_outputs_are_found_without_writing(odd: OddServer) -> None:
     one = Session(server_config(odd.endpoint))
     await one.open()
-    findings = await check_outputs(one, {
-        "Score": odd.text("Float"), "Limit": odd.text("ReadOnly"), "IsAnomaly": odd.text("Double"),
-        "State": odd.text("Int16"), "RTrans": odd.text("Int16"), "StateText": odd.text("Nowhere"),
-        "Residuals": odd.text("Double"), "LastUpdate": odd.text("String"), "ExplanationText": odd.text("Text")})
+    findings = await check_outputs(
+        one,
+        {
+            "Score": odd.text("Float"),
+            "Limit": odd.text("ReadOnly"),
+            "IsAnomaly": odd.text("Double"),
+            "State": odd.text("Int16"),
+            "RTrans": odd.text("Int16"),
+            "StateText": odd.text("Nowhere"),
+            "Residuals": odd.text("Double"),
+            "LastUpdate": odd.text("String"),
+            "ExplanationText": odd.text("Text"),
+        },
+    )
     problems = {f.where.split(".")[1].split(" ")[0]: f.problem for f in findings if f.error}
     assert "may not write" in problems["Limit"]
     assert "Double, IsAnomaly is Boolean" in problems["IsAnomaly"]
@@ -119,8 +149,9 @@ async def test_browse_gives_facts_paths_that_resolve_and_samples(session: Sessio
     names = {node.name for node in everything}
     assert {"lorenz", "total", "clock", "constant", "sigma"} <= names and "EURange" not in names
     assert len([node async for node in walk(session, max_nodes=5)]) == 5
-    values = await recent_values(session, [n for n in everything if n.name in ("x1", "sigma")],
-                                 span_ns=2 * 10**9, polls=2, poll_s=0)
+    values = await recent_values(
+        session, [n for n in everything if n.name in ("x1", "sigma")], span_ns=2 * 10**9, polls=2, poll_s=0
+    )
     stamps, numbers = values[f"{PLANT}lorenz.x1"]
     assert len(stamps) >= 200 and numbers.std() > 0
     assert values[f"{PLANT}lorenz.faults.sigma"][1].tolist() == [1.0, 1.0]

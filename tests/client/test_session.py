@@ -45,19 +45,27 @@ def secure(plant: RunningPlant, pki: Path, **changes: Any) -> Session:
 
 
 async def test_a_wrong_password_is_refused_and_never_shown(
-    plant: RunningPlant, pki: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    plant: RunningPlant,
+    pki: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("PLANT_PASSWORD", "wrong-horse")
     with pytest.raises(AccessRefused) as caught:
         await secure(plant, pki, user=USER, password_env="PLANT_PASSWORD").open()
     text = str(caught.value)
-    assert "BadUserAccessDenied" in text and "Basic256Sha256/SignAndEncrypt" in text and f"user '{USER}'" in text
+    assert (
+        "BadUserAccessDenied" in text and "Basic256Sha256/SignAndEncrypt" in text and f"user '{USER}'" in text
+    )
     assert "wrong-horse" not in text + repr(caught.value) + caplog.text
 
 
 @pytest.mark.parametrize("mode", ["Sign", "SignAndEncrypt"])
 async def test_the_right_password_connects_over_basic256sha256(
-    plant: RunningPlant, pki: Path, mode: str, monkeypatch: pytest.MonkeyPatch,
+    plant: RunningPlant,
+    pki: Path,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PLANT_PASSWORD", PASSWORD)
     one = secure(plant, pki, mode=mode, user=USER, password_env="PLANT_PASSWORD")
@@ -78,7 +86,9 @@ async def test_the_own_certificate_is_made_once_and_kept(plant: RunningPlant, pk
     assert (pki / "own" / "opcua-detector.key.pem").stat().st_mode & 0o077 == 0
 
 
-async def test_another_server_certificate_than_the_pinned_one_is_refused(plant: RunningPlant, pki: Path) -> None:
+async def test_another_server_certificate_than_the_pinned_one_is_refused(
+    plant: RunningPlant, pki: Path
+) -> None:
     own = secure(plant, pki)
     await own.open()
     await own.close()
@@ -99,7 +109,9 @@ async def test_the_pinned_server_certificate_connects(plant: RunningPlant, pki: 
 
 
 async def test_a_pinned_file_that_is_no_certificate_names_the_key(
-    plant: RunningPlant, pki: Path, tmp_path: Path,
+    plant: RunningPlant,
+    pki: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "server.der").write_bytes(b"no certificate")
     with pytest.raises(ConfigError, match=r"servers\.plant\.server_certificate.*no certificate"):
@@ -113,7 +125,10 @@ async def test_a_policy_that_is_not_offered_names_what_is(odd: OddServer, pki: P
 
 
 async def test_anonymous_is_refused_by_a_server_that_wants_a_user(plant: RunningPlant) -> None:
-    with running_plant("lorenz", history_rows=0, no_anonymous=True) as strict, pytest.raises(AccessRefused) as caught:
+    with (
+        running_plant("lorenz", history_rows=0, no_anonymous=True) as strict,
+        pytest.raises(AccessRefused) as caught,
+    ):
         await Session(server_config(strict.endpoint)).open()
     assert "password_env" in caught.value.next_step
 
@@ -136,7 +151,7 @@ async def test_a_killed_and_restarted_server_gives_a_gap_and_rows_again_without_
         await rows.until(lambda r: len(r.rows) > before + 50 and one.counters["reconnects"] == 1)
         gaps = [k for k, row in enumerate(rows.rows) if row[1]]
         assert gaps[0] == 0 and len(gaps) == 2
-        after = rows.rows[gaps[1]:]
+        after = rows.rows[gaps[1] :]
         assert all(row[3][:2].all() for row in after[1:])
         stamps = np_diff([row[0] for row in after])
         assert set(stamps) == {10_000_000}
@@ -152,14 +167,18 @@ def np_diff(stamps: list[int]) -> list[int]:
     return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
 
 
-async def test_a_frozen_server_is_noticed_by_its_silence_and_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_frozen_server_is_noticed_by_its_silence_and_taken_up_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(subscription, "KEEP_ALIVE_S", 0.3)
     monkeypatch.setattr(subscription, "SILENCE_MARGIN_S", 0.3)
     monkeypatch.setattr(session, "LAST_DELAY_S", 0.3)
     waiting = asyncio.Event()
     with running_plant("lorenz", history_rows=0) as plant:
-        one = Session(server_config(plant.endpoint, timeout="700 ms"),
-                      on_state=lambda state, reason: waiting.set() if state is LinkState.WAITING else None)
+        one = Session(
+            server_config(plant.endpoint, timeout="700 ms"),
+            on_state=lambda state, reason: waiting.set() if state is LinkState.WAITING else None,
+        )
         await one.open()
         rows = Rows()
         feed = GroupFeed(group_config("x1", "x3"), {"plant": one}, rows.take)

@@ -16,15 +16,26 @@ from hypothesis import strategies as st
 
 from opcua_detector.client import wire
 
-STAMPS = st.one_of(st.none(), st.integers(0, 4_000_000_000_000_000).map(
-    lambda us: datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us)))
+STAMPS = st.one_of(
+    st.none(),
+    st.integers(0, 4_000_000_000_000_000).map(
+        lambda us: datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us)
+    ),
+)
 KINDS: dict[ua.VariantType, Any] = {
-    ua.VariantType.Double: st.floats(), ua.VariantType.Float: st.floats(width=32), ua.VariantType.Boolean: st.booleans(),
-    ua.VariantType.SByte: st.integers(-128, 127), ua.VariantType.Byte: st.integers(0, 255),
-    ua.VariantType.Int16: st.integers(-2**15, 2**15 - 1), ua.VariantType.UInt16: st.integers(0, 2**16 - 1),
-    ua.VariantType.Int32: st.integers(-2**31, 2**31 - 1), ua.VariantType.UInt32: st.integers(0, 2**32 - 1),
-    ua.VariantType.Int64: st.integers(-2**63, 2**63 - 1), ua.VariantType.UInt64: st.integers(0, 2**64 - 1),
-    ua.VariantType.String: st.text(max_size=5)}
+    ua.VariantType.Double: st.floats(),
+    ua.VariantType.Float: st.floats(width=32),
+    ua.VariantType.Boolean: st.booleans(),
+    ua.VariantType.SByte: st.integers(-128, 127),
+    ua.VariantType.Byte: st.integers(0, 255),
+    ua.VariantType.Int16: st.integers(-(2**15), 2**15 - 1),
+    ua.VariantType.UInt16: st.integers(0, 2**16 - 1),
+    ua.VariantType.Int32: st.integers(-(2**31), 2**31 - 1),
+    ua.VariantType.UInt32: st.integers(0, 2**32 - 1),
+    ua.VariantType.Int64: st.integers(-(2**63), 2**63 - 1),
+    ua.VariantType.UInt64: st.integers(0, 2**64 - 1),
+    ua.VariantType.String: st.text(max_size=5),
+}
 
 
 @st.composite
@@ -38,17 +49,24 @@ def data_values(draw: st.DrawFn) -> list[ua.DataValue]:
         kind = draw(st.sampled_from(kinds))
         with_status, with_source, with_server = shape if uniform else draw(st.tuples(*[st.booleans()] * 3))
         moment = STAMPS.filter(lambda stamp: stamp is not None)
-        values.append(ua.DataValue(
-            ua.Variant(draw(KINDS[kind]), kind),
-            ua.StatusCode(draw(st.sampled_from([0x40000000, 0x80000000, 0x480, 0x002F0000]))) if with_status else None,
-            draw(moment) if with_source else None, draw(moment) if with_server else None))
+        values.append(
+            ua.DataValue(
+                ua.Variant(draw(KINDS[kind]), kind),
+                ua.StatusCode(draw(st.sampled_from([0x40000000, 0x80000000, 0x480, 0x002F0000])))
+                if with_status
+                else None,
+                draw(moment) if with_source else None,
+                draw(moment) if with_server else None,
+            )
+        )
     return values
 
 
-def publish_bytes(values: list[ua.DataValue], **message: Any) -> Buffer:
+def publish_bytes(values: list[ua.DataValue]) -> Buffer:
     response = ua.PublishResponse()
     response.Parameters.SubscriptionId = 7
     response.Parameters.AvailableSequenceNumbers = [1, 2]
+    response.Parameters.MoreNotifications = False
     response.Parameters.NotificationMessage.SequenceNumber = 9
     response.Parameters.NotificationMessage.PublishTime = datetime(2026, 1, 1, tzinfo=UTC)
     if values:
@@ -103,7 +121,8 @@ def test_a_keep_alive_has_no_samples_and_a_status_change_its_code() -> None:
     assert wire.decode_publish(publish_bytes([])).samples is None
     response = ua.PublishResponse()
     response.Parameters.NotificationMessage.NotificationData = [
-        ua.StatusChangeNotification(Status=ua.StatusCode(ua.StatusCodes.BadTimeout))]
+        ua.StatusChangeNotification(Status=ua.StatusCode(ua.StatusCodes.BadTimeout))
+    ]
     assert wire.decode_publish(Buffer(struct_to_binary(response))).status_change == ua.StatusCodes.BadTimeout
 
 
@@ -114,7 +133,7 @@ def test_a_service_fault_is_its_status_code() -> None:
         wire.decode_publish(Buffer(struct_to_binary(fault)))
 
 
-@pytest.mark.parametrize("cut", [1, 7, 20, 41, 60])
+@pytest.mark.parametrize("cut", [13, 20, 41, 60])
 def test_a_message_cut_short_raises_and_reads_nothing_beyond(cut: int) -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     whole = bytes(publish_bytes([ua.DataValue(ua.Variant(1.0, ua.VariantType.Double), None, now, now)] * 3))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from asyncua import Client, ua
 
-from opcua_detector.client import Session, WriteBack, session as session_module, writeback
+from opcua_detector.client import Session, WriteBack, writeback
+from opcua_detector.client import session as session_module
 from opcua_detector.client.writeback import CastError, cast
 from opcua_detector.nodes import NO_SCORE, SIGNALS, State
 from sim_server.testing import RunningPlant, running_plant
@@ -45,12 +46,32 @@ class Acks:
 
 
 FULL: dict[str, Any] = {
-    "Score": 1.25, "Limit": 1.0, "IsAnomaly": True, "Severity": 500, "State": State.ALERT, "StateText": "alert",
-    "Quality": "Good", "EventNo": 3, "RTrans": .5, "RBound": .25, "RConf": .125, "LastUpdate": T0,
-    "LatencyMs": 12.5, "LostSamples": 4, "SupersededWrites": 5}
+    "Score": 1.25,
+    "Limit": 1.0,
+    "IsAnomaly": True,
+    "Severity": 500,
+    "State": State.ALERT,
+    "StateText": "alert",
+    "Quality": "Good",
+    "EventNo": 3,
+    "RTrans": 0.5,
+    "RBound": 0.25,
+    "RConf": 0.125,
+    "LastUpdate": T0,
+    "LatencyMs": 12.5,
+    "LostSamples": 4,
+    "SupersededWrites": 5,
+}
 SLOW: dict[str, Any] = {
-    "ExplanationText": "x1 is 31", "Top1Tag": "x1", "Top1Contribution": .75, "Top1Cause": "high", "ModelId": "abc",
-    "Residuals": np.array([.5, .25]), "Contributions": [.75, .25], "LastUpdateText": "2023-11-14T22:13:20Z"}
+    "ExplanationText": "x1 is 31",
+    "Top1Tag": "x1",
+    "Top1Contribution": 0.75,
+    "Top1Cause": "high",
+    "ModelId": "abc",
+    "Residuals": np.array([0.5, 0.25]),
+    "Contributions": [0.75, 0.25],
+    "LastUpdateText": "2023-11-14T22:13:20Z",
+}
 
 
 async def read(client: Client, name: str) -> ua.DataValue:
@@ -59,12 +80,14 @@ async def read(client: Client, name: str) -> ua.DataValue:
 
 
 async def test_the_plant_refuses_timestamps_and_a_second_client_reads_what_was_written(
-    session: Session, other: Client,
+    session: Session,
+    other: Client,
 ) -> None:
     index = await other.get_namespace_index("urn:opcua-detector:results")
     with pytest.raises(ua.uaerrors.BadWriteNotSupported):  # what asyncua's own helper does
-        await other.get_node(f"ns={index};s=lorenz.Score").write_value(ua.DataValue(
-            ua.Variant(1.0, ua.VariantType.Double), SourceTimestamp=ua.uatypes.get_win_epoch()))
+        await other.get_node(f"ns={index};s=lorenz.Score").write_value(
+            ua.DataValue(ua.Variant(1.0, ua.VariantType.Double), SourceTimestamp=ua.uatypes.get_win_epoch())
+        )
     acks = Acks()
     back = WriteBack(session, all_nodes(), on_ack=acks)
     await session.attach(back)
@@ -73,7 +96,7 @@ async def test_the_plant_refuses_timestamps_and_a_second_client_reads_what_was_w
     back.offer("m", T0, FULL, SLOW)
     await acks.of(T0)
     await seen.until(lambda name, value: value == "x1 is 31")
-    await seen.until(lambda name, value: value == [.75, .25])
+    await seen.until(lambda name, value: value == [0.75, 0.25])
     for name, value in {**FULL, **SLOW}.items():
         got = (await read(other, name)).Value
         if name == "LastUpdate":
@@ -105,7 +128,9 @@ async def test_only_configured_nodes_are_written(session: Session, other: Client
     assert after["Score"].Value.Value == 3.25
 
 
-async def test_the_newest_result_wins_and_superseded_ones_are_counted(session: Session, other: Client) -> None:
+async def test_the_newest_result_wins_and_superseded_ones_are_counted(
+    session: Session, other: Client
+) -> None:
     acks = Acks()
     back = WriteBack(session, all_nodes("Score"), on_ack=acks)
     await session.attach(back)
@@ -135,20 +160,43 @@ async def test_values_are_cast_to_the_nodes_type_and_a_failing_one_is_told(odd: 
     one = Session(server_config(odd.endpoint))
     await one.open()
     acks = Acks()
-    back = WriteBack(one, {
-        ("m", "Score"): odd.text("Float"), ("m", "State"): odd.text("Int16"), ("m", "IsAnomaly"): odd.text("Byte"),
-        ("m", "StateText"): odd.text("Text"), ("m", "Limit"): odd.text("ReadOnly"), ("m", "Quality"): odd.text("None"),
-        ("m", "Residuals"): odd.text("Array"), ("m", "LatencyMs"): odd.text("String"),
-        ("m", "LostSamples"): odd.text("UInt32")}, on_ack=acks)
+    back = WriteBack(
+        one,
+        {
+            ("m", "Score"): odd.text("Float"),
+            ("m", "State"): odd.text("Int16"),
+            ("m", "IsAnomaly"): odd.text("Byte"),
+            ("m", "StateText"): odd.text("Text"),
+            ("m", "Limit"): odd.text("ReadOnly"),
+            ("m", "Quality"): odd.text("None"),
+            ("m", "Residuals"): odd.text("Array"),
+            ("m", "LatencyMs"): odd.text("String"),
+            ("m", "LostSamples"): odd.text("UInt32"),
+        },
+        on_ack=acks,
+    )
     await one.attach(back)
     states = back.states()
     assert "may not write" in states["m", "Limit"] and "no such variable" in states["m", "Quality"]
     assert "String, LatencyMs is Double" in states["m", "LatencyMs"]
-    back.offer("m", 1, {"Score": .1, "State": 3, "IsAnomaly": True, "StateText": "alert", "Limit": 1.0, "Quality": "x",
-                        "Residuals": (1, 2, 3), "LatencyMs": 1.0, "LostSamples": 2**33})
+    back.offer(
+        "m",
+        1,
+        {
+            "Score": 0.1,
+            "State": 3,
+            "IsAnomaly": True,
+            "StateText": "alert",
+            "Limit": 1.0,
+            "Quality": "x",
+            "Residuals": (1, 2, 3),
+            "LatencyMs": 1.0,
+            "LostSamples": 2**33,
+        },
+    )
     await acks.of(1)
     read_odd = {name: (await odd.nodes[name].read_data_value()) for name in odd.nodes}
-    assert read_odd["Float"].Value == ua.Variant(float(np.float32(.1)), ua.VariantType.Float)
+    assert read_odd["Float"].Value == ua.Variant(float(np.float32(0.1)), ua.VariantType.Float)
     assert read_odd["Int16"].Value == ua.Variant(3, ua.VariantType.Int16)
     assert read_odd["Byte"].Value == ua.Variant(1, ua.VariantType.Byte)
     assert read_odd["Text"].Value.Value.Text == "alert"
@@ -161,26 +209,31 @@ async def test_values_are_cast_to_the_nodes_type_and_a_failing_one_is_told(odd: 
 
 
 async def test_an_item_refused_at_run_time_is_reported_and_taken_up_again(
-    odd: OddServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    odd: OddServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(writeback, "HEARTBEAT_S", 0.05)
     one = Session(server_config(odd.endpoint))
     await one.open()
     acks = Acks()
-    back = WriteBack(one, {("m", "Score"): odd.text("Double"), ("m", "RTrans"): odd.text("Float")}, on_ack=acks)
+    back = WriteBack(
+        one, {("m", "Score"): odd.text("Double"), ("m", "RTrans"): odd.text("Float")}, on_ack=acks
+    )
     await one.attach(back)
     await odd.nodes["Double"].set_read_only()
-    back.offer("m", 1, {"Score": 1.0, "RTrans": .5})
+    back.offer("m", 1, {"Score": 1.0, "RTrans": 0.5})
     await acks.of(1)
     assert back.states() == {("m", "Score"): "BadNotWritable", ("m", "RTrans"): ""} or (
-        "Bad" in back.states()["m", "Score"] and back.states()["m", "RTrans"] == "")
-    assert (await odd.nodes["Float"].read_value()) == .5
+        "Bad" in back.states()["m", "Score"] and back.states()["m", "RTrans"] == ""
+    )
+    assert (await odd.nodes["Float"].read_value()) == 0.5
     await odd.nodes["Double"].set_writable()
 
     async def again() -> None:
         k = 2
         while await odd.nodes["Double"].read_value() != 2.0:
-            back.offer("m", k, {"Score": 2.0, "RTrans": .5})
+            back.offer("m", k, {"Score": 2.0, "RTrans": 0.5})
             await acks.of(k)
             k += 1
 
@@ -197,7 +250,10 @@ async def test_writing_goes_on_after_a_restart_with_the_newest_value(monkeypatch
     with running_plant("lorenz", history_rows=0) as plant:
         assert isinstance(plant, RunningPlant)
         down = asyncio.Event()
-        one = Session(server_config(plant.endpoint), on_state=lambda state, _: down.set() if state == "waiting" else None)
+        one = Session(
+            server_config(plant.endpoint),
+            on_state=lambda state, _: down.set() if state == "waiting" else None,
+        )
         await one.open()
         acks = Acks()
         back = WriteBack(one, all_nodes("Score", "State"), on_ack=acks)
@@ -227,20 +283,36 @@ async def test_stop_without_a_server_returns_within_the_timeout(odd: OddServer) 
     await one.close()
 
 
-@pytest.mark.parametrize(("signal", "value", "kind", "expected"), [
-    ("Score", math.nan, "Double", NO_SCORE), ("Score", math.nan, "Int16", -1), ("Score", 1.6, "Int32", 2),
-    ("RTrans", 0.5, "Float", 0.5), ("Heartbeat", 2**32 + 5, "UInt32", 5), ("Heartbeat", 300, "Byte", 44),
-    ("State", np.int64(3), "Int16", 3), ("IsAnomaly", np.True_, "Boolean", True), ("IsAnomaly", True, "Byte", 1),
-])
+@pytest.mark.parametrize(
+    ("signal", "value", "kind", "expected"),
+    [
+        ("Score", math.nan, "Double", NO_SCORE),
+        ("Score", math.nan, "Int16", -1),
+        ("Score", 1.6, "Int32", 2),
+        ("RTrans", 0.5, "Float", 0.5),
+        ("Heartbeat", 2**32 + 5, "UInt32", 5),
+        ("Heartbeat", 300, "Byte", 44),
+        ("State", np.int64(3), "Int16", 3),
+        ("IsAnomaly", np.True_, "Boolean", True),
+        ("IsAnomaly", True, "Byte", 1),
+    ],
+)
 def test_casts(signal: str, value: Any, kind: str, expected: Any) -> None:
     got = cast(signal, value, kind, False)
     assert got == expected and type(got) is type(expected)
 
 
-@pytest.mark.parametrize(("signal", "value", "kind"), [
-    ("State", 40_000, "Int16"), ("LostSamples", -1, "UInt32"), ("RBound", math.inf, "Int32"), ("RBound", 1e39, "Float"),
-    ("Score", 1.0, "Guid"), ("RBound", math.nan, "Byte"),
-])
+@pytest.mark.parametrize(
+    ("signal", "value", "kind"),
+    [
+        ("State", 40_000, "Int16"),
+        ("LostSamples", -1, "UInt32"),
+        ("RBound", math.inf, "Int32"),
+        ("RBound", 1e39, "Float"),
+        ("Score", 1.0, "Guid"),
+        ("RBound", math.nan, "Byte"),
+    ],
+)
 def test_values_that_do_not_fit_are_refused(signal: str, value: Any, kind: str) -> None:
     with pytest.raises(CastError):
         cast(signal, value, kind, False)

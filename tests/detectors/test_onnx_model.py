@@ -237,6 +237,29 @@ def test_a_state_that_overflows_is_forgotten():
     assert np.isfinite(late).any() and np.isnan(late).any()
 
 
+@pytest.mark.parametrize("kind", ["window", "step"])
+def test_a_run_that_onnxruntime_refuses_gives_no_residual_and_is_counted(kind):
+    # The value is used as an index into a table of three: 7 is out of range.
+    nodes = [
+        helper.make_node("Cast", ["x"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["found"]),
+        helper.make_node("Reshape", ["found", "shape"], ["residual"]),
+    ]
+    constants = [constant("table", np.array([5, 6, 7], np.float32)), constant("shape", np.array([1, 1], np.int64))]
+    rows = tensor("x", 1, 1) if kind == "step" else tensor("x", 1, 1, 1)
+    content = to_bytes(nodes, [rows], [tensor("residual", 1, 1)], constants,
+                       GraphContract(kind, ("a",), ("a",), PERIOD_NS))
+    method = opened(content, [Tag("a")])
+    seen = []
+    for value in (1.0, 7.0, 2.0):
+        method.update(np.array([value]), np.ones(1, np.uint8))
+        seen.append(method.residual[0])
+    np.testing.assert_array_equal(seen, [6.0, np.nan, 7.0])
+    assert method.failures == 1
+    with pytest.raises(ModelFileError, match="fails on these rows"):
+        method.residuals(Record.from_rows(np.array([[1.0], [7.0]]), ["a"], PERIOD_NS))
+
+
 # -- tags and columns -----------------------------------------------------------------------------------------------
 
 
@@ -467,7 +490,7 @@ def test_the_bundled_graphs_are_small_and_say_where_they_come_from(name):
     model = PLUGIN.fit(record, OnnxParams(f"bundled:{name}"))
     assert model.arrays["onnx"].nbytes < 100_000
     assert model.period_ns == plant.period_ns and set(model.columns) == {t.name for t in plant.model.measured}
-    assert {"rows", "seed", "steps", "noise", "window"} <= set(model.params["training"])
+    assert {"source", "rows", "seed", "steps", "noise", "window"} <= set(model.params["training"])
     graph = onnx.load_from_string(model.arrays["onnx"].tobytes())
     assert max(one.version for one in graph.opset_import if one.domain == "") <= 17
 

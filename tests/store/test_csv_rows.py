@@ -1,4 +1,4 @@
-"""CSV files as plants export them are read; what is wrong with one is named by file, line, column and value."""
+"""CSV files as plants export them are read; what is wrong is named by file, line, column and value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed, locked, full, damaged, doubled: the store says so, keeps what it committed and goes on by itself."""
+"""Killed, locked, full, damaged, doubled: the store says so, keeps what is committed, goes on by itself."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlite_utils import Database
 from store_rows import NEVER_S, PERIOD_NS, noise, offer_counted, row_frame, tags, verdict, write_lock
 
 from opcua_detector.errors import StoreError
-from opcua_detector.store import MIGRATIONS, AuditEntry, Event, FeedbackEntry, Migration, Store
+from opcua_detector.store import MIGRATIONS, AuditEntry, Event, FeedbackEntry, Migration, Retention, Store
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -100,6 +101,71 @@ def test_a_full_disk_is_survived_and_nothing_is_lost_when_there_is_room_again(pa
         assert store.read_recording("r").values[:, 7].tolist() == list(range(2000))
         assert len(store.events()) == 1
         store.verify()
+
+
+def test_a_commit_that_fails_at_its_very_end_is_made_again_as_a_whole(path: Path) -> None:
+    with Store.open(path, commit_interval_s=NEVER_S) as store:
+        recording = store.start_recording("r", tags(2), PERIOD_NS)
+        attempts: list[tuple[int, int]] = []
+
+        def break_first(db: Database) -> None:
+            attempts.append((store.committed_seq, recording.ring.tail))
+            if len(attempts) == 1:  # a foreign key that is only checked by COMMIT
+                db.execute("PRAGMA defer_foreign_keys = ON")
+                columns = (
+                    "recording_id, first_seq, row_count, first_ns, last_ns, written_ns, level, codec, bytes"
+                )
+                db.execute(f"INSERT INTO row_chunks ({columns}, source_ns, value_blob) "
+                           "VALUES (99, 0, 1, 0, 0, 0, 1, 0, 0, x'', x'')")  # fmt: skip
+
+        offer_counted(store, recording, 0, 20, row_frame(2))
+        store.record_event(Event("pump", 1, 5))
+        store._writer.submit(break_first).result(10)
+        assert attempts == [(0, 0), (0, 0)]  # nothing was taken for written in between
+        assert store.counters.write_errors == 1 and store.committed_seq == 20
+        assert len(store.read_recording("r")) == 20 and len(store.events()) == 1
+
+
+def test_an_io_error_is_answered_with_a_fresh_connection_and_a_new_attempt(path: Path) -> None:
+    with Store.open(path, commit_interval_s=NEVER_S) as store:
+        recording = store.start_recording("r", tags(2), PERIOD_NS)
+        connections: list[int] = []
+
+        def break_first(db: Database) -> None:
+            connections.append(id(db))
+            if len(connections) == 1:
+                fault = sqlite3.OperationalError("disk I/O error")
+                fault.sqlite_errorcode = sqlite3.SQLITE_IOERR  # type: ignore[misc]
+                raise fault
+
+        offer_counted(store, recording, 0, 20, row_frame(2))
+        store._writer.submit(break_first).result(10)
+        assert len(set(connections)) == 2
+        assert len(store.read_recording("r")) == 20 and store.last_error == ""
+
+
+def test_retention_that_cannot_write_says_so_and_works_later(path: Path) -> None:
+    with Store.open(path, busy_timeout_s=0.02, retention=Retention(quota_bytes=100_000)) as store:
+        store.write_record("r", noise(5000, 8))
+        with write_lock(path), pytest.raises(StoreError, match="locked"):
+            store.apply_retention()
+        assert store.apply_retention().total_bytes <= 100_000
+
+
+def test_a_closed_store_says_so(path: Path) -> None:
+    store = Store.open(path)
+    recording = store.start_recording("r", tags(1), PERIOD_NS)
+    store.close()
+    store.close()
+    for refused in (
+        store.recordings,
+        store.flush,
+        store.apply_retention,
+        lambda: store.record_event(Event("a", 1, 1)),
+    ):
+        with pytest.raises(StoreError, match="closed"):
+            refused()
+    assert store.offer_row(recording, row_frame(1)) == 0  # the loop never raises
 
 
 def test_closing_while_nothing_can_be_written_says_how_much_is_lost(path: Path) -> None:
@@ -356,6 +422,23 @@ def test_synced_seq_follows_committed_seq_at_each_checkpoint(path: Path) -> None
         store.flush()
         store.flush()
         assert store.committed_seq == 1 and store.synced_seq == 0
+
+
+def test_synced_seq_waits_while_a_reader_of_another_program_holds_back_the_checkpoint(path: Path) -> None:
+    with Store.open(path, commit_interval_s=NEVER_S, sync_interval_s=0) as store:
+        recording = store.start_recording("r", tags(1), PERIOD_NS)
+        store.flush()
+        reader = sqlite3.connect(path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM recordings").fetchall()
+        offer_counted(store, recording, 0, 50, row_frame(1))
+        for _ in range(3):
+            store.flush()
+        assert store.committed_seq == 50 and store.synced_seq == 0
+        reader.close()
+        store.flush()
+        store.flush()
+        assert store.synced_seq == 50
 
 
 def test_synchronous_full_makes_every_commit_safe(path: Path) -> None:

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = read_rows(options.csv, tags, options.time)
         from .trainer import train
 
-        graph = train(record, params)
+        graph = train(record, params, ", ".join(file.name for file in options.csv))
         graph_model(graph, str(options.out), {})  # refuses what the runtime would refuse
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_bytes(graph)

@@ -38,8 +38,8 @@ CAUCHY = 3.0  # c in units of the median error
 EIGENVALUE_FLOOR = 1e-12
 
 
-def train(record: Record, params: MlpParams) -> bytes:
-    """Train a forecaster on healthy rows and return it as an ONNX file.
+def train(record: Record, params: MlpParams, source: str = "") -> bytes:
+    """Train a forecaster on healthy rows and return it as an ONNX file; `source` says in it where the rows are from.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def train(record: Record, params: MlpParams) -> bytes:
     torch.set_num_threads(1)
     try:
         weights = _Training(torch, record, judged, ends, params).run()
-        return _export(torch, record, judged, weights, params)
+        return _export(torch, record, judged, weights, params, source)
     finally:
         torch.set_num_threads(threads)
 
@@ -210,7 +210,9 @@ def _robust_linear(z: Float64, y: Float64) -> tuple[Float64, Float64]:
     return np.asarray(beta, np.float64), np.asarray(unit, np.float64)
 
 
-def _export(torch: Any, record: Record, judged: Any, weights: dict[str, Any], params: MlpParams) -> bytes:
+def _export(
+    torch: Any, record: Record, judged: Any, weights: dict[str, Any], params: MlpParams, source: str = "",
+) -> bytes:
     """Return the bytes of the ONNX file with its metadata."""
     onnx = _need("onnx")
     graph = torch_graph(torch, fold(torch, weights, judged, params.window))
@@ -228,7 +230,8 @@ def _export(torch: Any, record: Record, judged: Any, weights: dict[str, Any], pa
         period_ns=record.period_ns, window=params.window + 1, residual="forecast",
         scale=tuple(float(x) for x in weights["scale"]), levels=LEVELS,
         quantiles=tuple(tuple(float(q) for q in row) for row in weights["quantiles"]),
-        training={"plugin": "mlp", "rows": len(record), "torch": str(torch.__version__), **asdict(params)},
+        training={"plugin": "mlp", "source": source, "rows": len(record), "torch": str(torch.__version__),
+                  **asdict(params)},
     )
     onnx.helper.set_model_props(model, contract.to_props())
     return bytes(model.SerializeToString())
@@ -259,7 +262,7 @@ def fold(torch: Any, weights: dict[str, Any], judged: Any, window: int) -> dict[
 def torch_graph(torch: Any, folded: dict[str, Float64]) -> Any:
     """Return the torch module that is exported: float32[batch, window + 1, n] -> (residual, prediction)."""
 
-    class Forecaster(torch.nn.Module):  # type: ignore[misc]
+    class Forecaster(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             for name, array in folded.items():
