@@ -1,15 +1,15 @@
 """OPC UA client: one session per server, rows of a group live, history, write-back, browse, checks.
 
     session = Session(server_config, on_state=...)      # nothing happens yet
-    await session.open()                                # ServerUnreachable, AccessRefused; then it lives for
-    ever findings = await check_tags(session, tags) + await check_outputs(session, {signal: node})
+    await session.open()                                # ServerUnreachable, AccessRefused; then kept alive
+    findings = await check_tags(session, tags) + await check_outputs(session, {signal: node})
     raise_findings(findings)                            # NodeProblem with the first ones together
     record = await read_history(session, tags, start_ns, end_ns, period_ns, progress=lambda done, total: ...)
-    feed = GroupFeed(group_config, {server_name: session}, on_frame)    # on_frame(frame): synchronous, frame is reused
+    feed = GroupFeed(group_config, {server_name: session}, on_frame)    # on_frame(frame): synchronous, reused
     await feed.start()
     back = WriteBack(session, {(monitor, signal): node}, on_ack=lambda monitor, source_ns, ack_utc_ns: ...)
     await session.attach(back)                          # nodes are looked up now and after each reconnect
-    back.offer(monitor, verdict.source_ns, {"Score": .4, "LastUpdate": verdict.source_ns}, {"ExplanationText": ""})
+    back.offer(monitor, verdict.source_ns, {"Score": .4, "LastUpdate": ns}, {"ExplanationText": ""})
     await back.stop({monitor: {"State": 0, "StateText": "stopped"}})
     await feed.stop()
     await session.close()

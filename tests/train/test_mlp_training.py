@@ -9,15 +9,15 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import opcua_detector.plugins.detectors.mlp as package
 import pytest
 import yaml
-from opcua_detector.plugins.detectors.mlp import MlpParams, plugin
-from opcua_detector.plugins.detectors.mlp.__main__ import main, read_rows
 
+import opcua_detector.plugins.detectors.mlp as package
 from opcua_detector.api import Record, Tag, TagKind
 from opcua_detector.detectors.onnx_model import OnnxParams, OnnxPlugin, load
 from opcua_detector.errors import ModelTagsError, PluginError, RecordError
+from opcua_detector.plugins.detectors.mlp import MlpParams, plugin
+from opcua_detector.plugins.detectors.mlp.__main__ import main, read_rows
 from opcua_detector.registry import Registry
 from opcua_detector.testing import check_plugin
 from sim_server.processes import Fault, make
@@ -113,6 +113,7 @@ def test_a_setpoint_of_the_same_row_is_used_but_not_judged():
 
 def test_torch_and_onnxruntime_compute_the_same():
     import torch
+
     from opcua_detector.plugins.detectors.mlp import trainer
 
     record = rows_of("throttle", 2, 3000)
@@ -139,6 +140,7 @@ def test_the_next_exporter_of_torch_gives_the_same_graph(tmp_path):
     pytest.importorskip("onnxscript", reason="the dynamo exporter needs onnxscript")
     import onnxruntime
     import torch
+
     from opcua_detector.plugins.detectors.mlp import trainer
 
     record = rows_of("lorenz", 2, 3000)
