@@ -341,8 +341,12 @@ def _known(name: str, among: Iterable[str], at: tuple[int | str, ...]) -> None:
 def load(path: str | Path) -> Config:
     """Read and validate a configuration file.
 
-    Raises ConfigError with file, line, key, value, what was expected and the next step. Relative paths in the
-    file are taken from the file's own folder.
+    Relative paths in the file are taken from the file's own folder.
+
+    Raises
+    ------
+    ConfigError
+        Not readable or wrong; with file, line, key, value, what was expected and the next step.
     """
     file = Path(path)
     try:

@@ -92,8 +92,12 @@ class Monitor:
         self._scorer = model.calibration.scorer()
         self._alert = AlertState(alert.on_delay_ns, alert.off_delay_ns)
         self._make_buffers()
-        self.verdict = Verdict(name, model.model_id, tuple(t.name for t in model.tags),
-                               np.full(len(model.calibration.channels), np.nan), np.zeros(len(model.tags)))
+        self.verdict = self._no_verdict()
+
+    def _no_verdict(self) -> Verdict:
+        model = self.model
+        return Verdict(self.name, model.model_id, tuple(t.name for t in model.tags),
+                       np.full(len(model.calibration.channels), np.nan), np.zeros(len(model.tags)))
 
     def _make_buffers(self) -> None:
         n_columns = len(self.plan.columns)
@@ -123,8 +127,9 @@ class Monitor:
         self._filled = 0
 
     def restart(self) -> None:
-        """Forget everything, a standing alert too, as after construction; event numbers go on."""
+        """Forget everything, a standing alert and the verdict too, as after construction; event numbers go on."""
         self.reset()
+        self.verdict = self._no_verdict()
         self._alert = AlertState(self.settings.on_delay_ns, self.settings.off_delay_ns, event_no=self._alert.event_no)
 
     def continue_events(self, last_event_no: int) -> None:
@@ -238,8 +243,8 @@ class Engine:
 
     def step(self, frame: Frame) -> list[Verdict]:
         """Take one row; return the verdicts (reused), one per monitor."""
-        for monitor in self.monitors:
-            monitor.step(frame)
+        for i, monitor in enumerate(self.monitors):
+            self._verdicts[i] = monitor.step(frame)
         return self._verdicts
 
 

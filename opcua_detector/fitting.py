@@ -16,6 +16,7 @@ from .model import NormalityModel
 
 MIN_ROWS = 2000
 MAX_STATES = 32
+DEFAULT_WINDOWS = (100, 500)  # rows: the short one is quick, the long one sees what is weak
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ def fit_monitor(
     ----------
     record : rows of the monitor's tags (and its state tag), gaps marked
     methods : (name in the config, plugin, parameters)
-    windows_ns : averaging windows, by default one of 100 rows
+    windows_ns : averaging windows, by default of 100 and 500 rows
 
     Raises
     ------
     RecordError
         Too short, not increasing in time, or without a tag to judge.
+    ConfigError
+        The state tag is none.
     ModelTagsError
         A model trained elsewhere does not fit these tags.
     """
@@ -83,7 +86,8 @@ def fit_monitor(
         groups += [label] * len(method.channels)
     residual = np.concatenate(held_out, axis=1)
     calibration = calibrate(channels, groups, residual, columns.gap, state, states, windows,
-                            record.period_ns / 1e9, false_alarms_per_day)
+                            record.period_ns / 1e9, false_alarms_per_day,
+                            [label for label, (_, plugin, _) in zip(labels, methods, strict=True) if plugin.learns])
     span = np.array([np.quantile(columns.values[columns.valid[:, c] != 0, c], [0.01, 0.99])
                      for c in range(len(plan.columns))])
     span_ns = (int(record.source_ns[0]), int(record.source_ns[-1]))
@@ -127,7 +131,7 @@ def _states(record: Record, state_tag: str) -> tuple[Int64, tuple[int, ...]]:
 
 
 def _windows(windows_ns: Sequence[int], period_ns: int) -> list[int]:
-    return [max(2, round(w / period_ns)) for w in windows_ns] if windows_ns else [100]
+    return [max(2, round(w / period_ns)) for w in windows_ns] if windows_ns else list(DEFAULT_WINDOWS)
 
 
 def _labels(names: Sequence[str]) -> list[str]:

@@ -1,28 +1,32 @@
 """The rule of time: samples with stamps of their own become rows on one regular grid.
 
 Why: real servers stamp each item by itself and report on change. The methods need rows. This file is the only
-place where the one becomes the other, for the live connection, for history, for recordings and for CSVs, and all
-four use one compiled state machine (`opcua_detector.kernels.rows`), so that replay equals live.
+place where the one becomes the other, for the live connection, for history, for recordings and for CSVs, and
+all four use one compiled state machine (`opcua_detector.kernels.rows`), so that replay equals live.
 
 The rule, for period P:
 
 1. *Grid.* Rows stand at g_k = g_0 + k P. The phase of g_0 is the middle of the stamps of the first
-   periods (`START_PERIODS`), so that jitter and skew fall to both sides; with exact stamps it is the first stamp.
-   Values that were set long before (a set-point of yesterday) start no rows, they are held into the first one.
-2. *Value.* Row k takes for each tag the newest sample stamped at or before g_k + P/2, so skews below P/2 vanish;
-   a tag without one is held.
-3. *Closing.* Row k closes at once when every tag that is due has reported for it or later, and in any case when
-   the newest stamp of all tags reaches g_k + P/2 + lateness. A tag is due when it has reported within
-   max_hold, and, if its last intervals were even, when the shortest of them has passed: a slow tag costs no waiting
-   between its samples, one that went silent costs none after max_hold. One that reports on change is waited for.
-4. *Late.* A sample older than one already used by its tag is dropped; of two with the same stamp the later arrival
-   wins; one that comes after its row closed is held into the next.
+   periods (`START_PERIODS`), so that jitter and skew fall to both sides; with exact stamps it is the first
+   stamp. Values that were set long before (a set-point of yesterday) start no rows, they are held into the
+   first one.
+2. *Value.* Row k takes for each tag the newest sample stamped at or before g_k + P/2, so skews below P/2
+   vanish; a tag without one is held.
+3. *Closing.* Row k closes at once when every tag that is due has reported for it or later, and in any case
+   when the newest stamp of all tags reaches g_k + P/2 + lateness. A tag is due when it has reported within
+   max_hold, and, if its last intervals were even, when the shortest of them has passed: a slow tag costs no
+   waiting between its samples, one that went silent costs none after max_hold. One that reports on change is
+   waited for.
+4. *Late.* A sample older than one already used by its tag is dropped; of two with the same stamp the later
+   arrival wins; one that comes after its row closed is held into the next.
 5. *Stale.* A measured, counter or angle tag without a sample for more than max_hold periods is not valid;
    set-points, commands and states are held for as long as the connection lives.
-6. *Gap.* No sample of any tag for more than max_hold periods, a lost connection, or a Bad sample of a tag with
-   quality `stop`: the next row carries the gap flag. The grid keeps its phase; the rows of such a hole are not
-   made, those of a shorter one are held. While a connection is idle, `advance` makes held rows up to max_hold.
-7. *Clock set back.* When nothing but stamps older than max_hold arrives, the grid starts again there, as a gap.
+6. *Gap.* No sample of any tag for more than max_hold periods, a lost connection, or a Bad sample of a tag
+   with quality `stop`: the next row carries the gap flag. The grid keeps its phase; the rows of such a hole
+   are not made, those of a shorter one are held. While a connection is idle, `advance` makes held rows up to
+   max_hold.
+7. *Clock set back.* When nothing but stamps older than max_hold arrives, the grid starts again there, as a
+   gap.
 
 Every sample is accounted for: delivered = used + late + duplicate + replaced + skipped + `pending`.
 """
@@ -116,8 +120,8 @@ class FrameBuilder:
         value : float64[m]; engineering units
         status : uint32[m]; StatusCode
 
-        The arrays are kept until the rows are drained, and must not change before. RuntimeError where rows of the
-        call before were not drained, since they would be lost.
+        The arrays are kept until the rows are drained, and must not change before. RuntimeError where rows of
+        the call before were not drained, since they would be lost.
         """
         self._demand_drained()
         self._input = (tag_index, source_ns, value, status)
@@ -253,7 +257,8 @@ def rows_from_samples(
 ) -> Record:
     """Return the rows of a whole set of samples by the rule of time (history, recordings).
 
-    tag_index : int32[m], source_ns : int64[m], value : float64[m], status : uint32[m] (None: all Good); any order
+    tag_index : int32[m], source_ns : int64[m], value : float64[m], status : uint32[m] (None: all Good); any
+        order
     counts : filled with the counters by name when given
     """
     stamps = np.asarray(source_ns, dtype=np.int64)

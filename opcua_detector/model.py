@@ -67,7 +67,13 @@ class NormalityModel:
         return self.sha256[:16]
 
     def require(self, tags: Sequence[Tag], period_ns: int) -> None:
-        """Raise ModelTagsError unless rows of these tags at this period fit the model."""
+        """Check that rows of these tags at this period fit the model.
+
+        Raises
+        ------
+        ModelTagsError
+            A tag is missing, or of another kind or unit, or the period is another one.
+        """
         known = {tag.name: tag for tag in tags}
         needed = dict.fromkeys([*(tag.name for tag in self.tags), *([self.state_tag] if self.state_tag else [])])
         missing = [name for name in needed if name not in known]
@@ -81,6 +87,12 @@ class NormalityModel:
                 raise ModelTagsError(
                     f"tag {tag.name} was fitted as {tag.kind.value}, the config says {known[tag.name].kind.value}",
                     where=f"monitor {self.monitor}", next_step="correct the kind, or fit the monitor again")
+            ours, theirs = (f"{t.unit} (full turn {t.turn:g})" if t.kind is TagKind.ANGLE else t.unit
+                            for t in (tag, known[tag.name]))
+            if ours != theirs and tag.unit and known[tag.name].unit:
+                raise ModelTagsError(
+                    f"tag {tag.name} was fitted in {ours}, the config says {theirs}",
+                    where=f"monitor {self.monitor}", next_step="correct the unit, or fit the monitor again")
         if period_ns != self.period_ns:
             raise ModelTagsError(
                 f"the model was fitted for a period of {self.period_ns / 1e6:g} ms, the group has "
@@ -107,7 +119,13 @@ class NormalityModel:
         return header, arrays
 
     def save(self, path: str | Path) -> str:
-        """Write the file (all or nothing) and return the model_id."""
+        """Write the file (all or nothing) and return the model_id.
+
+        Raises
+        ------
+        ModelFileError
+            No space, no right, or no folder; an older file stays as it was.
+        """
         header, arrays = self._content()
         digest = _digest(header, arrays)
         buffer = io.BytesIO()

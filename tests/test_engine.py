@@ -258,8 +258,8 @@ def test_a_fault_raises_an_alert_that_clears_after_its_end_and_none_before(monit
     cleared = [k for k, row in enumerate(rows) if row[2]]
     assert record.truth[FAULT.start_row] and not record.truth[FAULT.stop_row]
     assert raised and raised[0] > FAULT.start_row and raised[-1] < FAULT.stop_row + 120
-    assert len(cleared) == len(raised) and cleared[-1] < FAULT.stop_row + 400
-    assert not any(row[0] for row in rows[:FAULT.start_row] + rows[FAULT.stop_row + 400:])
+    assert len(cleared) == len(raised) and cleared[-1] < FAULT.stop_row + 600
+    assert not any(row[0] for row in rows[:FAULT.start_row] + rows[FAULT.stop_row + 600:])
 
 
 def test_severity_and_event_number_go_with_the_alert(faulty):

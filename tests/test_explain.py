@@ -54,8 +54,11 @@ def test_a_pattern_never_seen_is_told_with_both_tags():
     assert said(replace(cause, other="u", to_range=(30, 31))) == "u rises fast in a way never seen in healthy operation"
 
 
-def test_a_forecast_that_failed_is_told_with_what_was_expected():
-    assert said(Cause("u", "forecast", 1.0, 31.0, 8.0, 12.0)) == "u is 31 V; expected from the last rows is 8 to 12 V"
+@pytest.mark.parametrize(("observed", "times"), [
+    (32.0, ", 11 times the usual error"), (13.2, ", 2 times the usual error"), (12.8, ""), (5000.0, "")])
+def test_a_forecast_that_failed_is_told_with_what_was_expected_and_how_far_off_it_is(observed, times):
+    cause = Cause("u", "forecast", 1.0, observed, 8.0, 12.0)
+    assert said(cause) == f"u is {observed:.0f} V; its past and the other tags predict 8 to 12 V{times}"
 
 
 @pytest.mark.parametrize("kind", ["bound", "forecast", "anything"])

@@ -103,8 +103,8 @@ def test_the_report_gives_a_limit_for_each_group_and_window():
     assert model.calibration.windows.tolist() == [20, 50]
 
 
-def test_without_windows_the_score_is_a_mean_over_100_rows():
-    assert fit(noise_record(3000, ["a"]))[0].calibration.windows.tolist() == [100]
+def test_without_windows_the_score_is_the_worse_of_means_over_100_and_500_rows():
+    assert fit(noise_record(3000, ["a"]))[0].calibration.windows.tolist() == [100, 500]
 
 
 # -- the model --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The rule of time: skew, change-only reporting, mixed rates, gaps, quality, accounting; live equals batch."""
+"""The rule of time: skew, change-only, mixed rates, gaps, quality, accounting; live equals batch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Cell:
 
 
 class Twin:
-    """`close_rows` once more, slowly: samples one by one in the order of their stamps, rows in dictionaries."""
+    """`close_rows` once more, slowly: samples one by one in the order of stamps, rows in dictionaries."""
 
     def __init__(self, tags: list[Tag], period: int, lateness: int, max_hold: int) -> None:
         self.tags, self.period, self.lateness, self.max_hold = tags, period, lateness, max_hold
@@ -304,7 +304,7 @@ def test_the_kernel_equals_its_slow_twin(data: st.DataObject) -> None:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_arrival_out_of_step_within_lateness_gives_the_rows_of_the_stamps(data: st.DataObject) -> None:
-    """Tags that report every period may arrive in any order across tags, delayed by less than the lateness."""
+    """Tags that report every period may arrive in any order across tags, by less than the lateness."""
     n_tags, n_rows, lateness = data.draw(st.integers(1, 4)), 60, 3 * P
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
     tags = [Tag(f"t{j}") for j in range(n_tags)]
@@ -353,7 +353,8 @@ def test_change_only_reporting_gives_every_row_with_the_last_value_held() -> Non
     record = rows_from_samples(MEASURED, P, *arrays(samples))
     assert abs(len(record) - n) <= 1
     assert record.gap.sum() == 1
-    # where a tag has changed evenly every second row and then changes sooner, its new value comes one row late
+    # where a tag has changed evenly every second row and then changes sooner, its new value comes one row
+    # late
     assert (record.values == values[: len(record)]).mean() > 0.999
 
 
@@ -369,7 +370,7 @@ def test_100_ms_beside_1_s_gives_a_row_per_100_ms_and_both_valid() -> None:
 
 
 def test_a_slow_tag_costs_no_waiting_between_its_samples() -> None:
-    """After its interval is learnt the row closes with the last sample of the fast tag, not one period later."""
+    """Once its interval is learnt the row closes with the sample of the fast tag, not a period later."""
     builder = FrameBuilder(MEASURED, P, P, 20)
     ready = []
     for k in range(400):

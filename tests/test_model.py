@@ -264,6 +264,15 @@ def test_a_tag_of_another_kind_is_named_with_both_kinds(model):
         model, [Tag("x1"), Tag("x3", kind=TagKind.COUNTER)])
 
 
+def test_a_tag_in_another_unit_is_named_with_both_units_and_an_unnamed_unit_does_no_harm(model):
+    in_bar = dataclasses.replace(model, tags=(Tag("x1", unit="bar"), Tag("x3", kind=TagKind.ANGLE, unit="deg")))
+    deg = Tag("x3", kind=TagKind.ANGLE, unit="deg")
+    assert "tag x1 was fitted in bar, the config says Pa" in demanded(in_bar, [Tag("x1", unit="Pa"), deg])
+    assert "fitted in deg (full turn 360), the config says deg (full turn 1)" in demanded(
+        in_bar, [Tag("x1", unit="bar"), dataclasses.replace(deg, turn=1.0)])
+    in_bar.require([Tag("x1"), deg], PERIOD_NS)
+
+
 def test_another_period_is_told_with_both_periods(model):
     assert "period of 10 ms, the group has 20 ms" in demanded(model, [Tag("x1"), Tag("x3")], 2 * PERIOD_NS)
 

@@ -7,19 +7,42 @@ Exit codes: 0 done; 1 unexpected failure; 2 configuration or usage; 3 record of 
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
 from .. import __version__
-from ..errors import DetectorError
+from ..errors import ConfigError, DetectorError
 from . import demo, offline, online
-from .terminal import EXIT_INTERRUPTED, fail
+from .terminal import EXIT_INTERRUPTED, err, fail
+
+TRACEBACK = "OPCUA_DETECTOR_TRACEBACK"  # set to 1: an unexpected failure shows where it happened
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    unexpected failure
+  2    configuration or usage
+  3    record of rows: too short, not increasing in time, nothing to judge
+  4    model or plugin
+  5    store
+  6    server or access
+  7    node
+  8    simulator
+  9    check or demo found something wrong
+  130  interrupted
+
+Results go to stdout, progress and errors to stderr.
+"""
 
 app = typer.Typer(
     name="opcua-detector", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode=None, help="Anomaly detection that lives next to the PLC.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None, help="Anomaly detection that lives next to the PLC.", epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -29,21 +52,57 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=EXIT_CODES)
 def _top(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True,
                                       help="Print the version and stop.")) -> None:
     """Anomaly detection that lives next to the PLC."""
 
 
-for part in (demo, online, offline):
-    part.register(app)
+COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
+    (demo.demo, "Show the whole job on a simulated plant."),
+    (online.sim, "Run the simulated plant, a real OPC UA server."),
+    (online.browse, "Show the tree of a server, or make a configuration of it."),
+    (online.check, "Check config, connections, nodes, types and rights."),
+    (online.record, "Record rows into the store, for fit and replay."),
+    (offline.fit, "Learn what is normal from a healthy record."),
+    (online.run, "Run the monitors: the service itself."),
+    (offline.replay, "Run the engine over a recording or a CSV."),
+    (offline.models, "List the models of a config."),
+    (offline.nodeset, "Write the NodeSet2 file with the result nodes."),
+    (offline.schema, "Print the JSON Schema of the configuration."),
+)
+for function, words in COMMANDS:
+    own: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True} if function is online.sim else {}
+    app.command(short_help=words, context_settings=own, add_help_option=function is not online.sim)(function)
 
 
-def main() -> None:
-    """Run the command line; every error of ours ends with its text and its exit code."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; every error ends with its text, its next step and its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in given
     try:
-        app()
+        code = app(given, prog_name="opcua-detector", standalone_mode=False)
     except DetectorError as error:
-        sys.exit(fail(error, as_json="--json" in sys.argv))
+        code = fail(error, as_json=as_json)
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        code = _other(error, as_json)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _other(error: Exception, as_json: bool) -> int:
+    """Tell what is no error of ours: wrong usage, a file that cannot be used, a failure nobody thought of."""
+    usage = getattr(error, "format_message", None)
+    if usage is not None:
+        error.show()  # type: ignore[attr-defined]
+        if as_json:
+            fail(ConfigError(usage(), next_step="see --help"), as_json=True, tell=False)
+        return int(getattr(error, "exit_code", ConfigError.exit_code))
+    if os.environ.get(TRACEBACK):
+        err.print(traceback.format_exc(), markup=False)
+    if isinstance(error, OSError) and error.filename:
+        return fail(DetectorError(error.strerror or type(error).__name__, where=str(error.filename),
+                                  next_step="check path, rights and free space"), as_json=as_json)
+    return fail(DetectorError(f"unexpected failure: {type(error).__name__}: {error}",
+                              next_step=f"set {TRACEBACK}=1, run it again and report what it prints"), as_json=as_json)

@@ -31,20 +31,17 @@ HISTORY_ROWS = {"lorenz": 120_000, "throttle": 40_000}
 DEFAULT_FAULT = {"lorenz": "sigma", "throttle": "Kt"}
 MIN_SECONDS = 15.0
 HEALTHY_SHARE, FAULT_SHARE = 0.35, 0.4
+CLEAR_S = 15.0  # a standing alert is given so much longer to clear: the longest averaging window is 10 s
 MIN_ROWS = 20_000
 _READ = ("Score", "IsAnomaly", "State", "RTrans", "RBound", "RConf", "EventNo")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(demo)
-
-
 def demo(
-    process: Annotated[str, typer.Option(help="lorenz or throttle.")] = "lorenz",
-    fault: Annotated[str, typer.Option(help="lorenz: sigma, rho, beta; throttle: Kb, Kt, La; or none.")] = "",
-    seconds: Annotated[float, typer.Option(help="Length of the live part.", min=MIN_SECONDS)] = 60.0,
-    seed: Annotated[int, typer.Option(help="Seed of the simulated plant.")] = 0,
+    process: Annotated[str, typer.Option(metavar="NAME", help="lorenz or throttle.")] = "lorenz",
+    fault: Annotated[str, typer.Option(metavar="NAME", show_default="sigma; Kt", help=(
+        "lorenz: sigma, rho, beta; throttle: Kb, Kt, La; or none."))] = "",
+    seconds: Annotated[float, typer.Option(metavar="N", help="Length of the live part.", min=MIN_SECONDS)] = 60.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the simulated plant.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show the whole job on a simulated plant: learn from history, watch live, detect a fault, explain, see it clear.
@@ -66,7 +63,7 @@ def demo(
         show = Show(process, chosen, ready, seconds)
         run_async(show.run(config, file))
     result = show.result(fitted, fit_s)
-    failed = [] if not show.problems(result) else show.problems(result)
+    failed = show.problems(result)
     for line in failed:
         err.print(f"  not as promised: {line}", style="red")
     if not failed:
@@ -156,7 +153,8 @@ class Show:
         err.print("[bold]fault cleared[/]")
         await observer.write_double(factor_node, 1.0)
         end = began + self.seconds
-        await self._watch_until(observer, end, done=lambda: time.monotonic() > end - 2 and bool(self.cleared))
+        await self._watch_until(observer, end)
+        await self._watch_until(observer, end + CLEAR_S, done=lambda: len(self.cleared) >= len(self.raised))
 
     async def _watch_until(self, observer: Observer, end: float, done: Callable[[], bool] = lambda: False) -> None:
         """Read the nodes back five times a second and compare them with what was written for the same row."""

@@ -29,15 +29,6 @@ Csv = Annotated[Path | None, typer.Option("--csv", help="Rows from a CSV file: a
 Recording = Annotated[str | None, typer.Option("--recording", help="Rows of a recording in the store (its name).")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    app.command()(fit)
-    app.command()(replay)
-    app.command()(models)
-    app.command()(nodeset)
-    app.command()(schema)
-
-
 def csv_record(path: Path, group: GroupConfig) -> Record:
     """Return the rows of a CSV for the tags of a group, on the group's grid."""
     tags = group_tags(group)

@@ -35,15 +35,6 @@ from .terminal import EXIT_FOUND, AsJson, ConfigFile, MonitorName, err, out, pri
 _T = TypeVar("_T")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    app.command()(browse)
-    app.command()(check)
-    app.command()(record)
-    app.command()(run)
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sim)
-
-
 def run_async(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine to its end on a loop of its own."""
     return asyncio.run(work)

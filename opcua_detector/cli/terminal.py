@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..errors import DetectorError
+from ..errors import ConfigError, DetectorError
 
 EXIT_FOUND = 9
 EXIT_INTERRUPTED = 130
@@ -23,9 +24,12 @@ EXIT_INTERRUPTED = 130
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML); samples are in configs/.")]
+UNFOLDED = 100_000  # columns: what goes into a file or a pipe is never folded
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML); samples: configs/.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-MonitorName = Annotated[list[str] | None, typer.Option("--monitor", help="Only this monitor; repeatable.")]
+MonitorName = Annotated[list[str] | None, typer.Option("--monitor", metavar="NAME",
+                                                       help="Only this monitor; repeatable.")]
 
 
 def plain(value: Any) -> Any:
@@ -52,9 +56,10 @@ def print_json(content: Mapping[str, Any]) -> None:
     print(json.dumps(plain(content), ensure_ascii=False), flush=True)
 
 
-def fail(error: DetectorError, *, as_json: bool = False) -> int:
-    """Print an error (what, where, next step) and return its exit code."""
-    err.print(f"error: {error}", style="red", markup=False)
+def fail(error: DetectorError, *, as_json: bool = False, tell: bool = True) -> int:
+    """Print an error (what, where, next step) and return its exit code; `tell` False: as JSON only."""
+    if tell:
+        err.print(f"error: {error}", style="red", markup=False)
     if as_json:
         print_json({"error": {"kind": type(error).__name__, "what": error.what, "where": error.where,
                               "next_step": error.next_step, "exit_code": error.exit_code}})
@@ -83,14 +88,60 @@ def cell(value: Any) -> str:
 
 
 def clock(source_ns: int) -> str:
-    """Return a SourceTimestamp as UTC text with milliseconds."""
-    return datetime.fromtimestamp(source_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
+    """Return a SourceTimestamp as ISO 8601 text, UTC, with milliseconds."""
+    return datetime.fromtimestamp(source_ns / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def interval_ns(text: str, *, key: str) -> tuple[int, int]:
+    """Return (from, to) of an ISO 8601 interval FROM/TO in ns; a time without offset is UTC.
+
+    Raises
+    ------
+    ConfigError
+        It is none; `key` is the option that it was given for.
+    """
+    try:
+        start, end = (datetime.fromisoformat(part.strip()) for part in text.split("/"))
+        stamps = [round(t.replace(tzinfo=t.tzinfo or UTC).timestamp() * 1e6) * 1000 for t in (start, end)]
+        if stamps[0] >= stamps[1]:
+            raise ValueError("it ends before it begins")
+    except ValueError as error:
+        raise ConfigError("wrong value", key=key, value=text,
+                          expected="FROM/TO such as 2026-03-01T06:00:00Z/2026-03-01T07:30:00Z",
+                          next_step=f"correct the option ({error})") from None
+    return stamps[0], stamps[1]
+
+
+class Lines(logging.Handler):
+    """Prints log records as plain lines on stderr, above whatever is live there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        try:
+            moment = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+            style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
+            err.print(f"{moment} {self.format(record)}", style=style, markup=False)
+        except Exception:
+            self.handleError(record)
+
+
+def log_lines() -> None:
+    """Let changes of state that the product logs appear on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
+
+
+def show(content: Any) -> None:
+    """Print a table on stdout; only a terminal folds its columns."""
+    out.print(content, width=None if out.is_terminal else UNFOLDED)
 
 
 @contextmanager
-def progress_bar(what: str):  # type: ignore[no-untyped-def]
-    """Show a bar on stderr; yields update(done, total)."""
+def progress_bar(what: str) -> Iterator[Callable[[float, float], None]]:
+    """Show a bar on stderr where that is a terminal; yields update(done, total)."""
+    if not err.is_terminal:
+        yield lambda done, total: None
+        return
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                  TimeElapsedColumn(), console=err, transient=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=1)
+                  TimeElapsedColumn(), console=err) as bar:
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=max(total, 1))

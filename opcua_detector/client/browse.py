@@ -1,4 +1,4 @@
-"""Walks the address space and gives the raw facts of each variable; which tags to take is decided elsewhere."""
+"""Walks the address space and gives the raw facts of each variable; others decide which tags to take."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""A group's tags, from one or several servers, as frames: subscriptions in, the rule of time, one call per row out."""
+"""A group's tags, from one or several servers, as frames: subscriptions in, one call per row out."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +16,8 @@ from .session import Session
 from .subscription import Item, Revised, Subscription
 
 log = logging.getLogger(__name__)
+
+_LEAST_KEEP_ALIVE_S = 0.5
 
 
 class GroupFeed:
@@ -52,7 +53,6 @@ class GroupFeed:
         self._clock_ns = clock_ns
         self._newest_ns: int | None = None
         self._pushed_at_ns = 0
-        self._timer: asyncio.TimerHandle | None = None
         by_server: dict[str, list[Item]] = {}
         for column, tag in enumerate(group.tags):
             by_server.setdefault(tag.server or group.server, []).append(Item(tag.name, tag.node, column))
@@ -64,6 +64,8 @@ class GroupFeed:
                 publishing_ns=group.publishing_ns,
                 on_samples=self._samples,
                 on_lost=self._lost,
+                on_idle=self._idle,
+                keep_alive_s=max(_LEAST_KEEP_ALIVE_S, group.max_hold * group.period / 2e9),
                 clock_ns=clock_ns,
             )
             for server, items in by_server.items()
@@ -73,13 +75,9 @@ class GroupFeed:
         """Subscribe on every server; the sessions must be open."""
         for subscription in self.subscriptions.values():
             await subscription.session.attach(subscription)
-        self._tick()
 
     async def stop(self) -> None:
         """Stop the rows."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         for subscription in self.subscriptions.values():
             subscription.session.detach(subscription)
 
@@ -133,15 +131,15 @@ class GroupFeed:
                         self.group.name,
                     )
 
-    def _tick(self) -> None:
-        """Close held rows while nothing changes and the servers are known to be alive."""
-        group = self.group
-        quiet_ns = group.lateness_ns + 2 * group.publishing_ns + group.period
-        if self._newest_ns is not None and all(one.alive for one in self.subscriptions.values()):
-            silent_ns = self._clock_ns() - self._pushed_at_ns
-            if silent_ns > quiet_ns:
-                # The source clock as it was at the last value, less the time a value may be under way.
-                self.builder.advance(self._newest_ns + silent_ns - 2 * group.publishing_ns)
-                self._drain()
-        delay_s = max(group.period, group.publishing_ns, 20_000_000) / 1e9
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
+    def _idle(self) -> None:
+        """Close held rows when a server says that it lives and nothing has changed.
+
+        By a keep-alive and not by a timer: a server that stalls says nothing, and its samples, late but
+        complete, must find their rows open.
+        """
+        if self._newest_ns is None:
+            return
+        silent_ns = self._clock_ns() - self._pushed_at_ns
+        # The source clock as it was at the last value, less the time a value may be under way.
+        self.builder.advance(self._newest_ns + silent_ns - 2 * self.group.publishing_ns)
+        self._drain()

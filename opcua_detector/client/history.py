@@ -126,7 +126,7 @@ async def read_samples(
     end_ns: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[wire.Samples]:
-    """Return the raw samples of each node in [start_ns, end_ns); `progress` gets the time reached by all of them."""
+    """Return the raw samples of each node in [start_ns, end_ns); `progress` gets the time they reached."""
     found = await resolve(session, nodes)
     cursors = []
     for text in nodes:

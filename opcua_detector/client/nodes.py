@@ -151,10 +151,7 @@ def _namespace(session: Session, uri: str, text: str) -> int:
 
 def _node_id(session: Session, text: str) -> ua.NodeId:
     match = re.fullmatch(r"nsu=([^;]+);([isgb]=.+)", text, re.DOTALL)
-    if match:
-        text_id = f"ns={_namespace(session, match[1], text)};{match[2]}"
-    else:
-        text_id = text
+    text_id = f"ns={_namespace(session, match[1], text)};{match[2]}" if match else text
     try:
         return ua.NodeId.from_string(text_id)
     except Exception as error:
@@ -304,7 +301,7 @@ def _shown(content: Any) -> str:
 
 
 async def _builtin(session: Session, data_type: Any) -> tuple[str, str]:
-    """Return (built-in type, own name) of a DataType; subtypes (enumerations, Duration ...) are followed upwards."""
+    """Return (built-in type, own name) of a DataType; enumerations, Duration ... are followed upwards."""
     node, first = data_type, ""
     for _ in range(10):
         if node.NamespaceIndex == 0 and isinstance(node.Identifier, int):
@@ -373,7 +370,7 @@ async def _read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
 
 
 async def check_tags(session: Session, tags: Sequence[Tag], where: str = "tags") -> list[Finding]:
-    """Return everything that is wrong with tags: found, a scalar of a usable type, readable, in the stated unit."""
+    """Return all that is wrong with tags: found, a scalar of a usable type, readable, in the stated unit."""
     found = await resolve(session, [tag.node for tag in tags])
     refs = {text: ref for text, ref in found.items() if isinstance(ref, NodeRef)}
     facts = dict(zip(refs, await read_facts(session, list(refs.values()), units=True), strict=True))

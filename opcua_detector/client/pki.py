@@ -1,6 +1,6 @@
 """This client's own certificate: made once, kept, never changed behind the user's back.
 
-Why: a certificate that changes at each start must be trusted anew on every server (opcua.md, section 5).
+Why: a certificate that changes at each start must be trusted anew on every server.
 """
 
 from __future__ import annotations

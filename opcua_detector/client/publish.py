@@ -1,7 +1,7 @@
 """Keeps publish requests outstanding on a session and hands each answer to its subscription, without a task.
 
 Why our own pump: asyncua keeps one request outstanding, which costs a round trip per notification, and starts
-a task per tag value (opcua.md, section 1). Source: OPC UA Part 4, 5.14.5 (Publish) and 5.14.1.2
+a task per tag value. Source: OPC UA Part 4, 5.14.5 (Publish) and 5.14.1.2
 (acknowledgement).
 """
 

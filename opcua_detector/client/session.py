@@ -1,8 +1,8 @@
 """Keeps one session to one server alive: connects, notices that it died, connects again for ever.
 
-Why our own loop: asyncua's `auto_reconnect` keeps NodeIds by the old namespace index, drops items that fail and can
-answer a reused session with a thousand calls a second (opcua.md, section 1). Here a lost connection is thrown away
-whole; a new asyncua client is made, namespaces are read anew, and every attached part (subscription, write-back)
+Why our own loop: asyncua's `auto_reconnect` keeps NodeIds by the old namespace index, drops items that fail
+and can answer a reused session with a thousand calls a second. Here a lost connection is thrown away whole; a
+new asyncua client is made, namespaces are read anew, and every attached part (subscription, write-back)
 builds what it needs again in its `link_up`.
 """
 
@@ -126,7 +126,7 @@ class Session:
 
     @property
     def client(self) -> Client:
-        """The connected asyncua client, for the files of this folder; ServerUnreachable while there is none."""
+        """The connected asyncua client, for this folder alone; ServerUnreachable while there is none."""
         if self._client is None or self.state not in (LinkState.CONNECTED, LinkState.CONNECTING):
             raise ServerUnreachable("not connected", where=self.where, next_step="wait for the connection")
         return self._client
@@ -156,8 +156,8 @@ class Session:
     async def open(self) -> None:
         """Connect for the first time and keep the session alive from then on.
 
-        Raises ServerUnreachable, AccessRefused or another ConnectionProblem; nothing is retried here, so that a
-        wrong configuration is told at once.
+        Raises ServerUnreachable, AccessRefused or another ConnectionProblem; nothing is retried here, so that
+        a wrong configuration is told at once.
         """
         await self._connect()
         self._task = asyncio.create_task(self._keep_alive(), name=f"session {self.config.name}")
@@ -422,7 +422,7 @@ class Session:
             raise problem from error
 
     async def _refusal(self, what: str, error: Exception, problem: ConnectionProblem) -> ConnectionProblem:
-        """Find out why the server hung up: does it offer the policy, is the pinned certificate the one it shows?"""
+        """Find out why the server hung up: is the policy offered, the pinned certificate the one it shows?"""
         try:
             offered = await self._endpoints()
         except ConnectionProblem:

@@ -1,7 +1,7 @@
 """One subscription for the tags of a group on one server: one call per notification, with all its values.
 
-The client handle of a monitored item is the column of its tag. What the server revised is kept and shown; an item
-that fails is retried with growing delays while the rest runs.
+The client handle of a monitored item is the column of its tag. What the server revised is kept and shown; an
+item that fails is retried with growing delays while the rest runs.
 """
 
 from __future__ import annotations
@@ -67,9 +67,12 @@ class Revised:
 class Subscription:
     """A part of a session: items come back after each reconnect.
 
-    on_samples : called with (column int32[m], source_ns int64[m], value float64[m], status uint32[m]), synchronously,
-        once per notification
-    on_lost : called when the connection or the subscription is gone: the next samples do not continue the last
+    on_samples : called with (column int32[m], source_ns int64[m], value float64[m], status uint32[m]),
+        synchronously, once per notification
+    on_lost : called when the connection or the subscription is gone: the next samples do not continue the
+        last
+    on_idle : called on a keep-alive: the server lives and nothing has changed
+    keep_alive_s : how soon a server without news says that it lives, at most KEEP_ALIVE_S
     clock_ns, utc_ns : for silence, and for samples without any stamp
     """
 
@@ -82,6 +85,8 @@ class Subscription:
         publishing_ns: int,
         on_samples: OnSamples,
         on_lost: Callable[[], None],
+        on_idle: Callable[[], None] | None = None,
+        keep_alive_s: float | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         utc_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -99,7 +104,8 @@ class Subscription:
         }
         self.last_heard_ns = 0
         self._sampling_ns, self._publishing_ns = sampling_ns, publishing_ns
-        self._on_samples, self._on_lost = on_samples, on_lost
+        self._on_samples, self._on_lost, self._on_idle = on_samples, on_lost, on_idle
+        self._keep_alive_s = KEEP_ALIVE_S if keep_alive_s is None else min(keep_alive_s, KEEP_ALIVE_S)
         self._clock_ns, self._utc_ns = clock_ns, utc_ns
         self._by_column = {item.column: item for item in self.items}
         self._id: int | None = None
@@ -139,7 +145,9 @@ class Subscription:
         publishing_ms = self._publishing_ns / 1e6
         parameters = ua.CreateSubscriptionParameters()
         parameters.RequestedPublishingInterval = publishing_ms
-        parameters.RequestedMaxKeepAliveCount = max(1, round(KEEP_ALIVE_S * 1e3 / max(publishing_ms, 1.0)))
+        parameters.RequestedMaxKeepAliveCount = max(
+            1, round(self._keep_alive_s * 1e3 / max(publishing_ms, 1.0))
+        )
         parameters.RequestedLifetimeCount = max(
             3 * parameters.RequestedMaxKeepAliveCount, round(LIFETIME_S * 1e3 / max(publishing_ms, 1.0))
         )
@@ -278,6 +286,8 @@ class Subscription:
         self.last_heard_ns = self._clock_ns()
         if answer.samples is None:
             self.counters["keep_alives"] += 1
+            if self._on_idle is not None:
+                self._on_idle()
             return
         expected = self._sequence % 0xFFFFFFFF + 1
         if self._sequence and answer.sequence_number != expected:

@@ -1,8 +1,8 @@
-"""The one file that touches asyncua's internals: sending without a task, decoding without an object per value.
+"""The one file that touches asyncua's internals: sends without a task, decodes without an object per value.
 
-Why: asyncua's own path makes an asyncio task per tag value and a dataclass per field (opcua.md, section 1). Here a
-request is a future with a callback, and a run of DataValues of one shape is read by numpy in one go. Whatever has
-an unusual shape goes through asyncua's decoder. Nothing here keeps state.
+Why: asyncua's own path makes an asyncio task per tag value and a dataclass per field.
+Here a request is a future with a callback, and a run of DataValues of one shape is read by numpy in one go.
+Whatever has an unusual shape goes through asyncua's decoder. Nothing here keeps state.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def on_closed(client: Client, call: Callable[[Exception | None], None]) -> None:
 
 
 def send(client: Client, request: Any, timeout_s: float) -> asyncio.Future[Buffer]:
-    """Send a session request at once and return the future of its response body; ConnectionError when closed."""
+    """Send a request at once and return the future of its response body; ConnectionError when closed."""
     protocol = client.uaclient.protocol
     if protocol is None or protocol.state is not UASocketState.OPEN:
         raise ConnectionError("the connection is closed")
@@ -109,7 +109,7 @@ def is_open(client: Client) -> bool:
 
 
 async def start_session(client: Client) -> None:
-    """Activate a session on an open secure channel and keep the channel renewed, without asyncua's supervisor."""
+    """Activate a session on an open channel and keep the channel renewed, without asyncua's supervisor."""
     await client.create_session()
     encrypted = client.security_policy.Mode == ua.MessageSecurityMode.SignAndEncrypt
     if client._username and not encrypted:
@@ -180,8 +180,8 @@ def _ticks_to_ns(ticks: NDArray[np.int64]) -> NDArray[np.int64]:
 def to_number(value: Any) -> float:
     """Return a value as float64: numbers and Booleans as they are, text as a stable code, the rest NaN.
 
-    The code of a text is its CRC-32: the same text gives the same number on every run, which is what a state tag
-    needs.
+    The code of a text is its CRC-32: the same text gives the same number on every run, which is what a state
+    tag needs.
     """
     if isinstance(value, bool | int | float):
         return float(value)
@@ -194,7 +194,7 @@ def to_number(value: Any) -> float:
 
 
 def _layout(mask: int, kind: int, with_handle: bool) -> np.dtype[Any] | None:
-    """Numpy layout of a DataValue with this encoding mask and scalar type (Part 6, 5.2.2.17); None: unusual."""
+    """Numpy layout of a DataValue of this mask and scalar type (Part 6, 5.2.2.17); None: unusual."""
     fields: list[tuple[str, str]] = [("handle", "<u4")] if with_handle else []
     fields.append(("mask", "u1"))
     if mask & 0x01:
@@ -360,7 +360,7 @@ class HistoryPage:
 
 
 def decode_history(body: Buffer) -> list[HistoryPage]:
-    """Decode a HistoryReadResponse, one page per node; UaStatusCodeError for a ServiceFault or a Bad result."""
+    """Decode a HistoryReadResponse, one page per node; UaStatusCodeError for a fault or a Bad result."""
     check(body)
     try:
         return _fast_history(bytes(body))

@@ -1,8 +1,10 @@
-"""Writes results into nodes of the plant's server: newest wins, never awaited by the caller, only configured nodes.
+"""Writes results into nodes of the plant's server: newest wins, never awaited by the caller, only configured
+nodes.
 
-Each request carries Values alone, without status and timestamps, because many PLCs refuse a write that has them
-(opcua.md, section 1). The fast request (scores) and the slow one (texts, causes) are separate, so that an explanation
-never delays a score. An item that fails is taken out, told once, and tried again with growing delays.
+Each request carries Values alone, without status and timestamps, because many PLCs refuse a write that has
+them. The fast request (scores) and the slow one (texts, causes) are separate, so that
+an explanation never delays a score. An item that fails is taken out, told once, and tried again with growing
+delays.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class CastError(ValueError):
 def cast(signal: str, value: Any, type_name: str, array: bool) -> Any:
     """Return a value as the built-in type takes it; CastError where it does not fit.
 
-    A NaN Score is `nodes.NO_SCORE`; the Heartbeat wraps around at the end of the type; DateTime takes nanoseconds.
+    A NaN Score is `nodes.NO_SCORE`; the Heartbeat wraps around at the end of the type; DateTime takes
+    nanoseconds.
     """
     if array:
         return [cast(signal, one, type_name, False) for one in value]
@@ -117,13 +120,14 @@ class WriteBack:
     Parameters
     ----------
     nodes : (monitor, signal) -> text of the node; nothing else is ever written
-    on_ack : called with (monitor, source_ns of the row, utc ns of the server's acknowledgement) after each fast write
+    on_ack : called with (monitor, source_ns of the row, utc ns of the server's acknowledgement) after each
+        fast write
     clock_s, utc_ns : for delays, and for the acknowledgement
 
     Attributes
     ----------
-    counters : requests, values, superseded (results replaced by a newer one before they were sent), failed_items,
-        cast_errors, timeouts
+    counters : requests, values, superseded (results replaced by a newer one before they were sent),
+        failed_items, cast_errors, timeouts
     """
 
     def __init__(
@@ -166,8 +170,8 @@ class WriteBack:
     ) -> None:
         """Give the newest result of a monitor; never waits.
 
-        fast, slow : signal -> value (numbers, bool, str, sequences for arrays, ns for DateTime); signals that are not
-            configured and values that are None are left out. The mappings are copied.
+        fast, slow : signal -> value (numbers, bool, str, sequences for arrays, ns for DateTime); signals that
+            are not configured and values that are None are left out. The mappings are copied.
         """
         if self._stopping:
             return
@@ -184,7 +188,8 @@ class WriteBack:
         return {key: output.reason for key, output in self.outputs.items()}
 
     async def stop(self, final: Mapping[str, Mapping[str, Any]] | None = None) -> bool:
-        """Write the last words of each monitor (State "stopped") and write nothing more; True when acknowledged.
+        """Write the last words of each monitor (State "stopped") and write nothing more; True when
+        acknowledged.
 
         Waits no longer than twice the time-out of the session.
         """

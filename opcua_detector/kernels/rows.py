@@ -1,8 +1,9 @@
 """The rule of time as one compiled state machine: samples in, rows on a regular grid out.
 
-One kernel serves the live connection, history, recordings and CSVs, so that replay equals live by construction.
-All state lives in arrays that the caller owns (`opcua_detector.frames` names and explains them); the kernel
-allocates nothing and may stop in the middle when the output is full: it is then called again with the same input.
+One kernel serves the live connection, history, recordings and CSVs, so that replay equals live by
+construction. All state lives in arrays that the caller owns (`opcua_detector.frames` names and explains
+them); the kernel allocates nothing and may stop in the middle when the output is full: it is then called
+again with the same input.
 
 Slot of a sample: the grid row whose window (g - P/2, g + P/2] holds its stamp.
 """
@@ -154,9 +155,7 @@ def _set_current(tags, tag_values, counts, j, stamp, slot, value, status):
 
 
 @numba.njit
-def _close_row(
-    st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts
-):
+def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts):
     """Close row ROW: newest sample per tag, hold-last, masks; then go on to the next row."""
     n = tags.shape[1]
     row = st[ROW]
@@ -254,8 +253,9 @@ def _close_due(
 def _start_grid(st, tags, boot, counts):
     """End the start phase: choose the phase of the grid and the first row.
 
-    The phase is the middle of the arc that the stamps seen so far cover (the circle less its widest empty arc), so
-    that jitter and skew fall to both sides of it; where they cover the whole period it is the first stamp.
+    The phase is the middle of the arc that the stamps seen so far cover (the circle less its widest empty
+    arc), so that jitter and skew fall to both sides of it; where they cover the whole period it is the first
+    stamp.
     """
     first = boot[1, st[BOOT_FIRST]]
     period = st[PERIOD]
@@ -306,9 +306,7 @@ def _resume(st, tags, row):
 
 
 @numba.njit
-def _take(
-    st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value, status
-):
+def _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value, status):
     """Put one sample where it belongs: its row, the hold value when that row is closed, or a counter."""
     if tags[KNOWN, j] == 1 and stamp <= tags[STAMP, j]:
         if stamp < tags[STAMP, j]:
@@ -346,7 +344,8 @@ def _take(
         st[MISSING] -= 1
     tags[NEWEST_SLOT, j] = slot
     if tags[SEEN, j] == 1:
-        # A tag of even intervals is not waited for before it can report; one that reports on change always is.
+        # A tag of even intervals is not waited for before it can report; one that reports on change always
+        # is.
         tags[STEP, j] = min(tags[STEP, j], step)
         tags[STEP_MIN, j] = min(tags[STEP_MIN, j], step)
         tags[STEP_MAX, j] = max(tags[STEP_MAX, j], step)
@@ -388,9 +387,9 @@ def _lose(st, tags, ring, counts):
 
 
 @numba.njit(
-    "int64(int64[::1], int64[:,::1], float64[:,::1], int64[:,:,::1], float64[:,::1], int64[:,::1], float64[::1], "
-    "int64[:,::1], float64[:,::1], uint8[:,::1], uint32[:,::1], uint64[::1], int32[::1], int64[::1], float64[::1], "
-    "uint32[::1], int64[::1], int64, boolean)",
+    "int64(int64[::1], int64[:,::1], float64[:,::1], int64[:,:,::1], float64[:,::1], int64[:,::1], "
+    "float64[::1], int64[:,::1], float64[:,::1], uint8[:,::1], uint32[:,::1], uint64[::1], int32[::1], "
+    "int64[::1], float64[::1], uint32[::1], int64[::1], int64, boolean)",
     cache=True,
 )
 def close_rows(
@@ -416,12 +415,16 @@ def close_rows(
 ):
     """Take samples from `position` on and write the rows that close; the caller drains them and calls again.
 
-    st : int64[N_SCALARS], tags : int64[N_TAG_INTS, n_tags], tag_values : float64[2, n_tags] (current, last good)
-    ring : int64[2, n_slots, n_tags] (stamp, status), ring_values : float64[n_slots, n_tags]; rows not yet closed
-    boot : int64[3, capacity] (tag, stamp, status), boot_values : float64[capacity]; samples before the first row
+    st : int64[N_SCALARS], tags : int64[N_TAG_INTS, n_tags], tag_values : float64[2, n_tags] (current, last
+        good)
+    ring : int64[2, n_slots, n_tags] (stamp, status), ring_values : float64[n_slots, n_tags]; rows not yet
+        closed
+    boot : int64[3, capacity] (tag, stamp, status), boot_values : float64[capacity]; samples before the first
+        row
     out : int64[2, rows] (source_ns, gap); out_values, out_valid, out_status : [rows, n_tags]
     counts : uint64[N_COUNTERS]
-    tag_index int32[m], source_ns int64[m] not decreasing, value float64[m], status uint32[m]; position int64[1]
+    tag_index int32[m], source_ns int64[m] not decreasing, value float64[m], status uint32[m]; position
+    int64[1]
     watermark : int; rows this much behind it close although nothing arrived (FAR_PAST: none)
     flush : bool; end of input: close every row that has a sample
 
@@ -449,7 +452,8 @@ def close_rows(
             stamp = source_ns[i]
             b = st[BOOT_N]
             if b > 0 and stamp - boot[1, b - 1] > st[MAX_HOLD] * st[PERIOD] and st[BOOT_HOLES] <= n:
-                # Values that were set long ago (a set-point) start no rows: they wait as holds for the first one.
+                # Values that were set long ago (a set-point) start no rows: they wait as holds for the first
+                # one.
                 st[BOOT_FIRST] = b
                 st[BOOT_HOLES] += 1
             boot[0, b] = tag_index[i]
@@ -541,8 +545,8 @@ def close_rows(
 
 
 @numba.njit(
-    "int64(int64[::1], int64[:,::1], float64[:,::1], int64[:,:,::1], float64[:,::1], int64[:,::1], float64[:,::1], "
-    "uint8[:,::1], uint32[:,::1], uint64[::1])",
+    "int64(int64[::1], int64[:,::1], float64[:,::1], int64[:,:,::1], float64[:,::1], int64[:,::1], "
+    "float64[:,::1], uint8[:,::1], uint32[:,::1], uint64[::1])",
     cache=True,
 )
 def lose_connection(
@@ -557,22 +561,11 @@ def lose_connection(
     out_status,
     counts,
 ):
-    """Close the rows that have samples, then forget every hold; arrays as in `close_rows`, returns DONE or FULL."""
-    if st[PHASE] == PHASE_RUN:
-        if _close_due(
-            st,
-            tags,
-            tag_values,
-            ring,
-            ring_values,
-            out,
-            out_values,
-            out_valid,
-            out_status,
-            counts,
-            False,
-            True,
-        ):
-            return FULL
+    """Close the rows that have samples, then forget every hold; arguments and result as in `close_rows`."""
+    full = st[PHASE] == PHASE_RUN and _close_due(
+        st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts, False, True
+    )
+    if full:
+        return FULL
     _lose(st, tags, ring, counts)
     return DONE

@@ -48,7 +48,7 @@ def mean_surprise(x, grid, level, n, knee, slope):
 
 @njit("void(float64[:, :, ::1], float64[:, :, :, ::1], int64[::1])", cache=True)
 def forget(ring, sums, cursor):
-    """Empty the windows (after a gap)."""
+    """Empty the windows after a gap: ring, sums, cursor as in `score_step`."""
     ring[:] = np.nan
     sums[:] = 0.0
     cursor[:] = 0
@@ -60,7 +60,10 @@ def forget(ring, sums, cursor):
     cache=True,
 )
 def _fuse(state, group, kind, windows, sums, stat, limit, out):
-    """Form group means, the score and the paper's three windowed residuals (eq. 22-25) from the sums."""
+    """Form group means, the score and the paper's three windowed residuals (eq. 22-25) from the sums.
+
+    Arguments as in `score_step`; writes stat and out.
+    """
     n_channels = group.shape[0]
     best = -1.0
     out[1] = -1.0

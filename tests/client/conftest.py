@@ -1,4 +1,4 @@
-"""Real plants for the client: the simulator in a process of its own, and a small asyncua server of odd nodes."""
+"""Real servers for the client: the simulated plant in its own process, and one with nodes of odd types."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from asyncua import Client, Server, ua
+from asyncua.server.user_managers import UserManager
 
 from opcua_detector.api import Frame
 from opcua_detector.client import LinkState, Session
@@ -135,11 +136,21 @@ async def call(client: Client, method: str, *arguments: Any) -> None:
     await parent.call_method(f"{index}:{method}", *arguments)
 
 
+class NoAnonymous(UserManager):
+    """Lets nobody in without a user name."""
+
+    def get_user(
+        self, iserver: Any, username: Any = None, password: Any = None, certificate: Any = None
+    ) -> None:
+        return None
+
+
 class OddServer:
     """A real server with nodes of many types; what is written can be read from it directly."""
 
-    def __init__(self) -> None:
-        self.server = Server()
+    def __init__(self, cache: Path, *, anonymous: bool = True) -> None:
+        self.server = Server(user_manager=None if anonymous else NoAnonymous())
+        self._cache = cache  # the standard address space takes seconds to build, once
         self.nodes: dict[str, Any] = {}
         self.endpoint = ""
         self.uri = "urn:odd"
@@ -148,7 +159,8 @@ class OddServer:
         """Start with these namespaces registered before its own."""
         logging.getLogger("asyncua").setLevel(logging.CRITICAL)
         server = self.server
-        await server.init()
+        await server.init(shelf_file=self._cache)
+        self._cache.with_suffix(".db").touch()  # by this the library sees that the cache is there
         server.set_endpoint("opc.tcp://127.0.0.1:0/")
         server.set_security_policy([ua.SecurityPolicyType.NoSecurity])
         for uri in namespaces:
@@ -180,9 +192,15 @@ class OddServer:
         return f"nsu={self.uri};s={name}"
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the standard address space is kept between servers."""
+    return tmp_path_factory.mktemp("cache") / "address-space"
+
+
 @pytest_asyncio.fixture
-async def odd() -> AsyncIterator[OddServer]:
-    one = OddServer()
+async def odd(cache: Path) -> AsyncIterator[OddServer]:
+    one = OddServer(cache)
     await one.start()
     yield one
     await one.server.stop()

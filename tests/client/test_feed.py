@@ -123,7 +123,7 @@ async def test_a_subscription_that_the_server_has_forgotten_is_made_anew(
     session: Session,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The simulator deletes it without a word: no StatusChangeNotification, no BadNoSubscription, only silence."""
+    """The plant deletes it without a word: no StatusChangeNotification, no BadNoSubscription, silence."""
     monkeypatch.setattr(subscription, "KEEP_ALIVE_S", 0.3)
     monkeypatch.setattr(subscription, "SILENCE_MARGIN_S", 0.3)
     rows = Rows()
@@ -189,7 +189,7 @@ async def test_a_row_that_cannot_be_worked_on_is_counted_and_the_next_ones_come(
 
 
 async def test_an_idle_server_gives_held_rows_and_text_tags_a_stable_code(odd: OddServer) -> None:
-    """Nothing changes after the first value: held rows come by the clock, up to max_hold, since the server is alive."""
+    """Nothing changes after the first value: held rows come by the clock, since the server is alive."""
     one = Session(server_config(odd.endpoint))
     await one.open()
     group = group_config(

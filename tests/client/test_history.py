@@ -71,7 +71,7 @@ async def test_a_server_without_continuation_points_is_read_on_by_time(
     plant: RunningPlant,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The simulator counts NumValuesPerNode over all pages, so a small page ends without a continuation point."""
+    """The plant counts NumValuesPerNode over all pages: a small page ends without a continuation point."""
     monkeypatch.setattr("opcua_detector.client.history.PAGE_VALUES", 4000)
     start = plant.start_ns - HISTORY_ROWS * PERIOD
     record = await read_history(session, TAGS[:2], start, plant.start_ns, PERIOD)

@@ -1,6 +1,8 @@
-"""Nodes: found by NodeId and by path, on any order of namespaces; checks that say what is wrong and write nothing."""
+"""Nodes: found by NodeId and by path, in any order of namespaces; checks that tell all and write nothing."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from asyncua import Client, ua
@@ -53,11 +55,11 @@ def test_a_path_may_hold_uris_with_slashes_and_escaped_names() -> None:
     ]
 
 
-async def test_the_index_of_a_namespace_is_asked_on_each_session() -> None:
+async def test_the_index_of_a_namespace_is_asked_on_each_session(cache: Path) -> None:
     """The same nsu= text finds its node on servers that register their namespaces in another order."""
     indices = []
     for before in (("urn:other",), ()):
-        odd = OddServer()
+        odd = OddServer(cache)
         await odd.start(*before)
         one = Session(server_config(odd.endpoint))
         await one.open()

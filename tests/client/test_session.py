@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,13 @@ async def test_a_policy_that_is_not_offered_names_what_is(odd: OddServer, pki: P
         await one.open()
 
 
-async def test_anonymous_is_refused_by_a_server_that_wants_a_user(plant: RunningPlant) -> None:
-    with (
-        running_plant("lorenz", history_rows=0, no_anonymous=True) as strict,
-        pytest.raises(AccessRefused) as caught,
-    ):
+async def test_anonymous_is_refused_by_a_server_that_wants_a_user(cache: Path) -> None:
+    strict = OddServer(cache, anonymous=False)
+    await strict.start()
+    with pytest.raises(AccessRefused) as caught:
         await Session(server_config(strict.endpoint)).open()
-    assert "password_env" in caught.value.next_step
+    await strict.server.stop()
+    assert "BadUserAccessDenied" in str(caught.value) and "password_env" in caught.value.next_step
 
 
 async def test_a_killed_and_restarted_server_gives_a_gap_and_rows_again_without_a_human(
@@ -164,7 +165,7 @@ async def test_a_killed_and_restarted_server_gives_a_gap_and_rows_again_without_
 
 
 def np_diff(stamps: list[int]) -> list[int]:
-    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    return [b - a for a, b in pairwise(stamps)]
 
 
 async def test_a_frozen_server_is_noticed_by_its_silence_and_taken_up_again(

@@ -1,4 +1,4 @@
-"""The fast decoder says what asyncua's own decoder says, on any mixture of types, status words and timestamps."""
+"""The fast decoder says what asyncua's own says, on any mixture of types, status words and timestamps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write-back: Value only, cast, newest wins, only configured nodes, one item that fails does not stop the others."""
+"""Write-back: Value only, cast, newest wins, only configured nodes; an item that fails stops no other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from asyncua import Client, ua
+from asyncua.ua.ua_binary import struct_to_binary
 
 from opcua_detector.client import Session, WriteBack, writeback
 from opcua_detector.client import session as session_module
@@ -195,6 +196,9 @@ async def test_values_are_cast_to_the_nodes_type_and_a_failing_one_is_told(odd: 
         },
     )
     await acks.of(1)
+    written = [output for output in back.outputs.values() if output.item is not None]
+    # encoding mask of a DataValue with the Value alone (Part 6, 5.2.2.17): no status, no timestamps
+    assert {struct_to_binary(output.item.Value)[0] for output in written} == {0x01}
     read_odd = {name: (await odd.nodes[name].read_data_value()) for name in odd.nodes}
     assert read_odd["Float"].Value == ua.Variant(float(np.float32(0.1)), ua.VariantType.Float)
     assert read_odd["Int16"].Value == ua.Variant(3, ua.VariantType.Int16)
