@@ -65,7 +65,7 @@ def fit_config(
     config: Config, config_file: Path, record_of: Callable[[GroupConfig], Record], *, only: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Fitted]:
-    """Fit the monitors of a config on a healthy record of each group, and save the models.
+    """Fit the monitors of a config on a healthy record of each group, then save the models: all of them or none.
 
     `record_of` is called once per group and gives a record of the group's tags.
     """
@@ -88,9 +88,9 @@ def fit_config(
         model, report = fit_monitor(
             monitor.name, record, methods, state_tag=monitor.state_tag, windows_ns=monitor.windows,
             false_alarms_per_day=monitor.false_alarms_per_day, progress=progress)
-        path = model_path(config_file, monitor)
-        model.save(path)
-        done.append(Fitted(monitor, model, report, path))
+        done.append(Fitted(monitor, model, report, model_path(config_file, monitor)))
+    for fitted in done:
+        fitted.model.save(fitted.path)
     return done
 
 

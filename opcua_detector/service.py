@@ -171,7 +171,8 @@ class Service:
             await session.open()
 
     async def _check(self, monitors: Mapping[str, list[tuple[MonitorConfig, Monitor]]]) -> None:
-        raise_findings(await check_nodes(self.config, self.sessions, list(monitors), self._outputs(monitors)))
+        raise_findings(await check_nodes(self.config, self.sessions, list(monitors), self._outputs(monitors),
+                                         file=str(self.config_file)))
 
     def _outputs(self, monitors: Mapping[str, list[tuple[MonitorConfig, Monitor]]]) -> list[MonitorConfig]:
         return [item for items in monitors.values() for item, _ in items if item.outputs and self._write]
@@ -353,9 +354,10 @@ def state_of(verdict: Verdict) -> int:
 
 
 async def check_nodes(config: Config, sessions: Mapping[str, Session], groups: Sequence[str],
-                      outputs: Sequence[MonitorConfig]) -> list[Finding]:
-    """Return every problem with tags and outputs; writes nothing."""
+                      outputs: Sequence[MonitorConfig], *, file: str = "") -> list[Finding]:
+    """Return every problem with tags and outputs, each with the key it comes from; writes nothing."""
     found: list[Finding] = []
+    prefix = f"{file}: " if file else ""
     for name in groups:
         group = config.group(name)
         by_server: dict[str, list[Any]] = {}
@@ -363,12 +365,12 @@ async def check_nodes(config: Config, sessions: Mapping[str, Session], groups: S
             by_server.setdefault(item.server or group.server, []).append(item.tag())
         for server, tags in by_server.items():
             if server in sessions:
-                found += await check_tags(sessions[server], tags, where=f"groups.{name}.tags")
+                found += await check_tags(sessions[server], tags, where=f"{prefix}groups.{name}.tags")
     for monitor in outputs:
         assert monitor.outputs is not None
         if monitor.outputs.server in sessions:
             found += await check_outputs(sessions[monitor.outputs.server], monitor.outputs.node_of(),
-                                         where=f"monitors.{monitor.name}.outputs")
+                                         where=f"{prefix}monitors.{monitor.name}.outputs")
     return found
 
 

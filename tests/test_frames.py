@@ -567,6 +567,19 @@ def test_of_two_samples_with_one_stamp_the_later_arrival_wins() -> None:
     assert builder.counters()["duplicate"] == 20
 
 
+def test_the_later_arrival_wins_in_a_notification_whose_stamps_go_back_too() -> None:
+    builder = FrameBuilder(MEASURED, P, P, 20)
+    feed_rows(builder, 0, 20)
+    builder.push(
+        *arrays([(1, T0 + 21 * P, 9.0, GOOD), (0, T0 + 20 * P, 1.0, GOOD), (0, T0 + 20 * P, 2.0, GOOD)])
+    )
+    list(builder.closed())
+    builder.finish()
+    rows = [copied(frame) for frame in builder.closed()]
+    assert np.frombuffer(rows[0][2])[0] == 2.0
+    assert builder.counters()["duplicate"] == 1
+
+
 def test_a_sample_older_than_one_used_is_late_and_dropped() -> None:
     builder = FrameBuilder(MEASURED, P, P, 20)
     feed_rows(builder, 0, 20)

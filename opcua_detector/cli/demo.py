@@ -86,7 +86,7 @@ def _config(process: str, endpoint: str, folder: Path) -> tuple[Config, Path]:
 def _fit(config: Config, file: Path, ready: dict[str, Any]) -> tuple[Fitted, float]:
     span_ns = ready["history_rows"] * ready["period_ns"] + 60 * 10**9
     started = time.perf_counter()
-    (fitted,) = fit_config(config, file, lambda group: history_record(config, group, span_ns),
+    (fitted,) = fit_config(config, file, lambda group: history_record(config, file, group, span_ns),
                            progress=lambda text: err.print(f"  {text}", markup=False))
     fit_s = time.perf_counter() - started
     for name, reason in fitted.report.excluded.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,10 +24,30 @@ from ..frames import record_from_columns
 from ..model import load as load_model
 from ..nodes import nodeset_xml
 from ..store import Store
-from .terminal import AsJson, ConfigFile, MonitorName, clock, err, out, plain, print_json, progress_bar, table
+from .terminal import (
+    AsJson,
+    ConfigFile,
+    MonitorName,
+    cell,
+    clock,
+    err,
+    interval_ns,
+    out,
+    plain,
+    print_json,
+    progress_bar,
+    show,
+    table,
+)
 
-Csv = Annotated[Path | None, typer.Option("--csv", help="Rows from a CSV file: a time column, then one per tag.")]
-Recording = Annotated[str | None, typer.Option("--recording", help="Rows of a recording in the store (its name).")]
+Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help=(
+    "Rows from a CSV file: a time column, then one per tag."))]
+Recording = Annotated[str | None, typer.Option("--recording", metavar="NAME", help=(
+    "Rows of a recording in the store."))]
+Intervals = Annotated[list[str] | None, typer.Option(metavar="FROM/TO", help=(
+    "Use these times alone (ISO 8601, UTC); repeatable."))]
+Without = Annotated[list[str] | None, typer.Option(metavar="FROM/TO", help=(
+    "Leave these times out, such as a suspicious stretch; repeatable."))]
 
 
 def csv_record(path: Path, group: GroupConfig) -> Record:
@@ -69,7 +90,10 @@ def fit(
     config_file: ConfigFile,
     csv: Csv = None,
     recording: Recording = None,
-    last: Annotated[str, typer.Option(help="How much of the server's history to read, such as '2 h'.")] = "1 h",
+    last: Annotated[str, typer.Option(metavar="DURATION", help=(
+        "How much of the server's history to read, such as '2 h'."))] = "1 h",
+    only: Intervals = None,
+    without: Without = None,
     monitor: MonitorName = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,11 +106,12 @@ def fit(
 
     config = configuration.load(config_file)
     span_ns = configuration.duration_ns(last, key="--last")
-    source = _source(config, csv, recording, lambda group: history_record(config, group, span_ns))
+    keep = [interval_ns(text, key="--only") for text in only or ()]
+    drop = [interval_ns(text, key="--without") for text in without or ()]
+    whole = _source(config, csv, recording, lambda group: history_record(config, config_file, group, span_ns))
     started = time.perf_counter()
-    status = err.status("reading rows") if err.is_terminal else nullcontext()
-    with status as line:
-        done = fit_config(config, config_file, source, only=monitor or (),
+    with err.status("reading rows") if err.is_terminal else nullcontext() as line:
+        done = fit_config(config, config_file, lambda group: _within(whole(group), keep, drop), only=monitor or (),
                           progress=lambda text: line.update(text) if line else None)
     seconds = time.perf_counter() - started
     with Store.open(config.store.path, beside=True) as store:  # also while `run` is live
@@ -96,6 +121,22 @@ def fit(
         _show_fit(fitted)
     if as_json:
         print_json({"seconds": seconds, "monitors": [_fit_facts(f) for f in done]})
+
+
+def _within(record: Record, keep: list[tuple[int, int]], drop: list[tuple[int, int]]) -> Record:
+    """Return the rows inside any of `keep` (all where there is none) and outside each of `drop`."""
+    if not keep and not drop:
+        return record
+    at = record.source_ns
+    inside = np.full(len(record), not keep)
+    for start, end in keep:
+        inside |= (at >= start) & (at <= end)
+    for start, end in drop:
+        inside &= (at < start) | (at > end)
+    if not inside.any():
+        raise RecordError("no row is left", where=f"{clock(int(at[0]))} to {clock(int(at[-1]))}",
+                          next_step="choose --only and --without inside this time")
+    return record.take(np.flatnonzero(inside))
 
 
 def _fit_facts(fitted: Fitted) -> dict[str, Any]:
@@ -116,12 +157,27 @@ def _show_fit(fitted: Fitted) -> None:
         for state, share in report.coverage.items():
             name = "not learnt" if state == -1 else f"state {state}"
             err.print(f"  coverage of {name}: {share:.1%}")
-    for start, end, times, group in report.suspicious:
-        err.print(f"  look at {clock(start)} to {clock(end)}: {times:.0f} times the usual level ({group}); "
-                  "if that was not healthy, fit without it", style="yellow", markup=False)
+    stretches = _merged(report.suspicious)
+    if stretches:
+        err.print("  these stretches look unlike the rest; leave out what was not healthy:", style="yellow")
+    for start, end, why in stretches:
+        err.print(f"    --without {clock(start)}/{clock(end)}  ({why})", markup=False)
     for note in report.notes:
-        err.print(f"  note: {note}", markup=False)
+        err.print(f"  note: {note}", style="yellow", markup=False)
     err.print(f"  model {model.model_id} written to {fitted.path}", markup=False)
+
+
+def _merged(found: Sequence[tuple[int, int, float, str]]) -> list[tuple[int, int, str]]:
+    """Return (from_ns, to_ns, why) in order of time; what several methods see at one time is one stretch."""
+    merged: list[tuple[int, int, dict[str, float]]] = []
+    for start, end, times, group in sorted(found):
+        if merged and start <= merged[-1][1]:
+            first, last, why = merged.pop()
+            merged.append((first, max(last, end), why | {group: max(times, why.get(group, 0.0))}))
+        else:
+            merged.append((start, end, {group: times}))
+    return [(start, end, ", ".join(f"{group}: {times:.1f} times the usual level" for group, times in why.items()))
+            for start, end, why in merged]
 
 
 def replay(
@@ -129,7 +185,8 @@ def replay(
     csv: Csv = None,
     recording: Recording = None,
     monitor: MonitorName = None,
-    scores: Annotated[Path | None, typer.Option(help="Write time and score of each row to this CSV.")] = None,
+    scores: Annotated[Path | None, typer.Option(metavar="FILE", help=(
+        "Write time and score of each row to this CSV."))] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the same engine over a recording or a CSV and list the alerts it would have raised."""
@@ -139,23 +196,25 @@ def replay(
         raise ConfigError("nothing to replay", next_step="give --csv FILE or --recording NAME")
 
     source = _source(config, csv, recording, no_source)
-    results = []
+    results: list[dict[str, Any]] = []
     for group_name, monitors in open_monitors(config, config_file, only=monitor or ()).items():
         group = config.group(group_name)
-        results += _replay_group(source(group), monitors, scores)
+        results += _replay_group(source(group), monitors, scores, append=bool(results))
     for result in results:
         err.print(f"[bold]{result['monitor']}[/]: {result['rows']} rows, {result['scored']} scored, "
-                  f"{len(result['alerts'])} alerts")
+                  f"{len(result['alerts'])} alerts; score median {cell(result['score_p50'])}, "
+                  f"99 % below {cell(result['score_p99'])}")
     alerts = [alert for result in results for alert in result["alerts"]]
     if alerts and not as_json:
-        out.print(table("", ["monitor", "raised", "cleared", "peak", "explanation"],
-                        [[a["monitor"], a["raised"], a["cleared"] or "standing", a["peak_score"], a["explanation"]]
-                         for a in alerts]))
+        show(table("", ["monitor", "raised", "cleared", "peak", "explanation"],
+                   [[a["monitor"], a["raised"], a["cleared"] or "standing", a["peak_score"], a["explanation"]]
+                    for a in alerts]))
     if as_json:
         print_json({"monitors": results})
 
 
-def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None) -> list[dict[str, Any]]:
+def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None, *,
+                  append: bool) -> list[dict[str, Any]]:
     engine = Engine(monitors)
     results: list[dict[str, Any]] = [{"monitor": m.name, "model_id": m.model.model_id, "rows": len(record), "scored": 0,
                                       "alerts": []} for m in monitors]
@@ -182,7 +241,7 @@ def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None) 
         result["scored"] = len(known)
         result["score_p50"], result["score_p99"] = (np.quantile(known, [0.5, 0.99]) if len(known) else (None, None))
         if scores is not None:
-            _write_scores(scores, record, kept[:, m], monitors[m].name, append=m > 0)
+            _write_scores(scores, record, kept[:, m], monitors[m].name, append=append or m > 0)
     return [plain(result) for result in results]
 
 
@@ -223,29 +282,36 @@ def models(config_file: ConfigFile, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"models": rows, "registered": [{k: v for k, v in r.items() if k != "header"} for r in registered]})
         return
-    out.print(table("", ["monitor", "model", "methods", "tags", "rows", "state"],
-                    [[r["monitor"], r["model_id"] or "-", ", ".join(r.get("methods", [])) or "-",
-                      ", ".join(r.get("tags", [])) or "-", r.get("facts", {}).get("rows", 0),
-                      str(r["state"]).splitlines()[0]] for r in rows]))
+    show(table("", ["monitor", "model", "methods", "tags", "rows", "state"],
+               [[r["monitor"], r["model_id"] or "-", ", ".join(r.get("methods", [])) or "-",
+                 ", ".join(r.get("tags", [])) or "-", r.get("facts", {}).get("rows", 0),
+                 str(r["state"]).splitlines()[0]] for r in rows]))
     for r in rows:
         for note in r.get("notes", []):
             out.print(f"{r['monitor']}: {note}", markup=False)
-    out.print(f"{len(registered)} registered in the store")
+    out.print(f"{len(registered)} registered in the store {config.store.path}", markup=False)
 
 
 def nodeset(
     config_file: ConfigFile,
-    to: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of stdout.")] = None,
+    to: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write to this file, not to stdout.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the NodeSet2 file with the result nodes of the monitors, to import into the plant's server."""
-    text = nodeset_xml([m.name for m in configuration.load(config_file).monitors])
-    if to is None:
-        print(text, end="")
-    else:
+    """Write the NodeSet2 file with the result nodes of the monitors, to import into the plant's server."""
+    names = [m.name for m in configuration.load(config_file).monitors]
+    text = nodeset_xml(names)
+    if to is not None:
         to.write_text(text, encoding="utf-8")
         err.print(f"written: {to}", markup=False)
+    if as_json:
+        print_json({"monitors": names, "file": to, "nodeset": text if to is None else None})
+    elif to is None:
+        print(text, end="")
 
 
-def schema() -> None:
-    """Print the JSON Schema of the configuration file, for editors."""
-    print_json(configuration.json_schema())
+def schema(as_json: AsJson = False) -> None:
+    """Print the JSON Schema of the configuration file, for editors (with --json on one line)."""
+    if as_json:
+        print_json(configuration.json_schema())
+    else:
+        print(json.dumps(configuration.json_schema(), indent=2))

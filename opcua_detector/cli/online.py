@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import typer
 from rich.live import Live
-from rich.logging import RichHandler
 
 from .. import config as configuration
 from ..api import Frame, Record
 from ..app import group_tags, model_path, open_monitor, registry_of
-from ..client import BrowsedNode, Finding, GroupFeed, Session, oldest_ns, problem_of, read_history, recent_values, walk
-from ..columns import suggest_kind
+from ..client import (
+    BrowsedNode,
+    Finding,
+    GroupFeed,
+    Session,
+    oldest_ns,
+    problem_of,
+    raise_findings,
+    read_history,
+    recent_values,
+    walk,
+)
 from ..config import Config, GroupConfig, ServerConfig
-from ..errors import ConfigError, ConnectionProblem, DetectorError, RecordError
+from ..errors import ConfigError, ConnectionProblem, DetectorError, NodeProblem, RecordError, SimulatorError
 from ..frames import iso_utc
 from ..model import load as load_model
 from ..nodes import STATE_TEXTS
 from ..service import Service, check_nodes, retention_of
 from ..store import Store
-from .emit import config_text
-from .terminal import EXIT_FOUND, AsJson, ConfigFile, MonitorName, err, out, print_json, progress_bar, table
+from .emit import config_text, period_of, proposals
+from .live import run_view, tree_lines
+from .terminal import EXIT_FOUND, AsJson, ConfigFile, MonitorName, err, fail, log_lines, out, print_json, progress_bar
 
 _T = TypeVar("_T")
 
@@ -55,18 +65,19 @@ def stop_on_signals() -> asyncio.Event:
 # --- history -------------------------------------------------------------------------------------------------------
 
 
-def history_record(config: Config, group: GroupConfig, span_ns: int) -> Record:
-    """Return the last `span_ns` of the servers' history for a group, with a progress bar."""
-    return run_async(_history(config, group, span_ns))
+def history_record(config: Config, config_file: Path, group: GroupConfig, span_ns: int) -> Record:
+    """Return the last `span_ns` of the server's history for a group, with a progress bar."""
+    return run_async(_history(config, config_file, group, span_ns))
 
 
-async def _history(config: Config, group: GroupConfig, span_ns: int) -> Record:
+async def _history(config: Config, config_file: Path, group: GroupConfig, span_ns: int) -> Record:
     if any(tag.server not in ("", group.server) for tag in group.tags):
-        raise ConfigError("history is read from one server", key=f"groups.{group.name}", next_step=(
-            "record the group with `opcua-detector record` and fit with --recording"))
+        raise ConfigError("history is read from one server", file=str(config_file), key=f"groups.{group.name}",
+                          next_step="record the group with `opcua-detector record`, then fit with --recording")
     session = Session(config.server(group.server))
     await session.open()
     try:
+        raise_findings(await check_nodes(config, {group.server: session}, [group.name], [], file=str(config_file)))
         tags = group_tags(group)
         first = await oldest_ns(session, tags[0].node)
         if first is None:
@@ -84,41 +95,57 @@ async def _history(config: Config, group: GroupConfig, span_ns: int) -> Record:
 
 
 def browse(
-    endpoint: Annotated[str, typer.Argument(help="Endpoint such as opc.tcp://192.0.2.10:4840/, or a config file.")],
-    filter_: Annotated[str, typer.Option("--filter", help="Only variables whose path contains this.")] = "",
-    start: Annotated[str, typer.Option(help="Browse path to start at.")] = "/Objects",
-    depth: Annotated[int, typer.Option(help="Levels below the start.", min=1)] = 10,
-    server: Annotated[str, typer.Option(help="Name of the server, where a config file is given.")] = "",
-    insecure: Annotated[bool, typer.Option("--insecure", help="Connect without security.")] = False,
-    emit_yaml: Annotated[bool, typer.Option("--emit-yaml", help="Print a config with the variables found: proposes "
-                                            "kinds and leaves out counters, constants and duplicates.")] = False,
+    target: Annotated[str, typer.Argument(metavar="ENDPOINT|CONFIG", help=(
+        "Endpoint such as opc.tcp://192.0.2.10:4840/, or a config file."))],
+    filter_: Annotated[str, typer.Option("--filter", metavar="TEXT", help=(
+        "Only variables whose path or NodeId contains this; with * and ? a pattern."))] = "",
+    start: Annotated[str, typer.Option(metavar="PATH", help="Browse path to start at.")] = "/Objects",
+    depth: Annotated[int, typer.Option(metavar="N", help="Levels below the start.", min=1)] = 10,
+    server: Annotated[str, typer.Option(metavar="NAME", help="Server of a config file; default: the first.")] = "",
+    insecure: Annotated[bool, typer.Option("--insecure", help="Connect to an endpoint without security.")] = False,
+    emit_yaml: Annotated[bool, typer.Option("--emit-yaml", help=(
+        "Print a config with the variables found: proposes kinds and leaves out counters, constants and duplicates, "
+        "each with its reason."))] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the tree of a server, or turn it into a configuration."""
-    target = _browse_target(endpoint, server, insecure)
-    nodes, kinds = run_async(_browse(target, start, filter_, depth, emit_yaml))
-    if emit_yaml:
-        print(config_text(target, nodes, kinds), end="")
+    where = _browse_target(target, server, insecure)
+    with err.status(f"browsing {where.endpoint}") if err.is_terminal else nullcontext():
+        nodes, recent = run_async(_browse(where, start, filter_, depth, emit_yaml))
+    facts = [{"path": n.path, "node": n.node, "variable": n.is_variable, "type": n.type, "array": n.array,
+              "unit": n.unit, "value": n.value, "readable": n.readable, "writable": n.writable,
+              "history": n.history} for n in nodes]
+    if not emit_yaml:
+        if as_json:
+            print_json({"nodes": facts})
+            return
+        for line in tree_lines(nodes, flat=bool(filter_)):
+            out.print(line, markup=False)
+        err.print(f"{sum(n.is_variable for n in nodes)} variables")
         return
+    proposed = proposals(nodes, recent)
+    used = [n for n in nodes if not proposed[n.node][1]]
+    if not used:
+        raise NodeProblem(f"none of {len(nodes)} variables is of use: " + "; ".join(
+            f"{n.name}: {proposed[n.node][1]}" for n in nodes[:5]), where=where.endpoint,
+            next_step="widen --filter, --start or --depth")
+    text = config_text(where, nodes, proposed, period_of(used, recent))
     if as_json:
-        print_json({"nodes": [{"path": n.path, "node": n.node, "type": n.type, "unit": n.unit, "value": n.value,
-                               "writable": n.writable, "history": n.history} for n in nodes]})
-        return
-    out.print(table("", ["path", "node", "type", "unit", "value", "rights"],
-                    [["  " * n.depth + n.name, n.node, n.type, n.unit, n.value,
-                      ("write " if n.writable else "") + ("history" if n.history else "")] for n in nodes]))
-    err.print(f"{sum(n.is_variable for n in nodes)} variables")
+        print_json({"yaml": text, "nodes": [fact | {"kind": proposed[n.node][0], "left_out": proposed[n.node][1]}
+                                            for n, fact in zip(nodes, facts, strict=True)]})
+    else:
+        print(text, end="")
 
 
-def _browse_target(endpoint: str, server: str, insecure: bool) -> ServerConfig:
-    if endpoint.startswith("opc.tcp://"):
+def _browse_target(target: str, server: str, insecure: bool) -> ServerConfig:
+    if "://" in target:
         if not insecure:
-            raise ConfigError("an endpoint alone says nothing of security", key="endpoint", value=endpoint,
+            raise ConfigError("an endpoint alone says nothing of security", key="ENDPOINT", value=target,
                               next_step="add --insecure, or give a config file whose server has a policy")
-        text = f'version: 1\nservers: [{{name: plant, endpoint: "{endpoint}", policy: None, insecure: true}}]\n'
+        text = f'version: 1\nservers: [{{name: plant, endpoint: "{target}", policy: None, insecure: true}}]\n'
         text += 'groups: [{name: g, server: plant, period: 1 s, tags: [{name: t, node: "i=2258"}]}]\n'
         return configuration.parse(text, file="command line").servers[0]
-    config = configuration.load(endpoint)
+    config = configuration.load(target)
     names = [s.name for s in config.servers]
     if server and server not in names:
         raise ConfigError("there is no server of this name", key="--server", value=server,
@@ -126,35 +153,19 @@ def _browse_target(endpoint: str, server: str, insecure: bool) -> ServerConfig:
     return config.server(server or names[0])
 
 
-async def _browse(target: ServerConfig, start: str, pattern: str, depth: int, kinds: bool,
-                  ) -> tuple[list[BrowsedNode], dict[str, tuple[str, str]]]:
+async def _browse(target: ServerConfig, start: str, pattern: str, depth: int,
+                  values: bool) -> tuple[list[BrowsedNode], dict[str, Any]]:
+    """Return the nodes, and for a configuration the usable variables alone with their recent values."""
     session = Session(target)
     await session.open()
     try:
         found = [n async for n in walk(session, start=start, pattern=pattern, max_depth=depth)]
-        if not kinds:
+        if not values:
             return found, {}
         found = [n for n in found if n.is_variable and n.readable and not n.array and np.isfinite(n.number)]
-        return found, _kinds(found, await recent_values(session, found))
+        return found, dict(await recent_values(session, found))
     finally:
         await session.close()
-
-
-def _kinds(nodes: Sequence[BrowsedNode], recent: Any) -> dict[str, tuple[str, str]]:
-    """Return node -> (proposed kind, reason against using it or empty)."""
-    kinds: dict[str, tuple[str, str]] = {}
-    kept: list[tuple[str, Any, Any]] = []
-    for node in nodes:
-        stamps, values = recent[node.node]
-        kind, reason = suggest_kind(node.type, node.writable, values)
-        for other, other_stamps, other_values in kept:
-            if not reason and len(stamps) > 2 and np.array_equal(stamps, other_stamps) and np.array_equal(
-                    values, other_values):
-                reason = f"duplicate of {other}"
-        if not reason:
-            kept.append((node.name, stamps, values))
-        kinds[node.node] = (kind, reason)
-    return kinds
 
 
 # --- check ---------------------------------------------------------------------------------------------------------
@@ -163,7 +174,8 @@ def _kinds(nodes: Sequence[BrowsedNode], recent: Any) -> dict[str, tuple[str, st
 def check(config_file: ConfigFile, as_json: AsJson = False) -> None:
     """Check config, connections, nodes, types and rights; each problem with its fix. Writes nothing."""
     config = configuration.load(config_file)
-    findings = _check_models(config, config_file) + run_async(_check_servers(config))
+    with err.status("checking") if err.is_terminal else nullcontext():
+        findings = _check_models(config, config_file) + run_async(_check_servers(config))
     errors = [f for f in findings if f.error]
     if as_json:
         print_json({"ok": not errors, "findings": [
@@ -172,9 +184,13 @@ def check(config_file: ConfigFile, as_json: AsJson = False) -> None:
         for finding in findings:
             out.print(f"{'error' if finding.error else 'note'}: {finding}", style="red" if finding.error else None,
                       markup=False)
-        out.print(f"{len(errors)} problems, {len(findings) - len(errors)} notes")
+        out.print(f"{_count(len(errors), 'problem')}, {_count(len(findings) - len(errors), 'note')}")
     if errors:
         raise typer.Exit(EXIT_FOUND)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _check_models(config: Config, config_file: Path) -> list[Finding]:
@@ -190,7 +206,8 @@ def _check_models(config: Config, config_file: Path) -> list[Finding]:
             if path.exists():
                 open_monitor(item, config.group(item.group), load_model(path), registry)
             else:
-                found.append(Finding(where, f"not fitted yet: {path} is not there", "opcua-detector fit", error=False))
+                found.append(Finding(where, f"not fitted yet: {path} is not there",
+                                     f"opcua-detector fit {config_file}", error=False))
         except DetectorError as error:
             found.append(Finding(where, error.what, error.next_step or "see the README"))
     return found
@@ -222,21 +239,25 @@ async def _check_servers(config: Config) -> list[Finding]:
 
 def record(
     config_file: ConfigFile,
-    group: Annotated[str, typer.Option(help="Group to record; default: the first.")] = "",
-    seconds: Annotated[float, typer.Option(help="How long; 0: until interrupted.", min=0)] = 0,
-    name: Annotated[str | None, typer.Option(help="Name of the recording; default: group and time.")] = None,
+    group: Annotated[str, typer.Option(metavar="NAME", help="Group to record; default: the first.")] = "",
+    seconds: Annotated[float, typer.Option(metavar="N", help="How long; 0: until Ctrl-C.", min=0)] = 0,
+    name: Annotated[str | None, typer.Option(metavar="NAME", show_default="group and time", help=(
+        "Name of the recording, by which fit and replay find it."))] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Record the rows of a group into the store, for fit and replay."""
+    """Record the rows of a group into the store, for fit and replay. Ctrl-C ends it, and keeps the rows."""
     config = configuration.load(config_file)
+    log_lines()
     chosen = config.group(group) if group else config.groups[0]
-    facts = run_async(_record(config, chosen, seconds, name))
-    err.print(f"recording {facts['recording']}: {facts['rows']} rows", markup=False)
+    facts = run_async(_record(config, config_file, chosen, seconds, name))
+    err.print(f"recording {facts['recording']}: {facts['rows']} rows, {facts['counters']['gaps']} gaps, "
+              f"{facts['counters']['lost']} samples lost; in {config.store.path}", markup=False)
     if as_json:
         print_json(facts)
 
 
-async def _record(config: Config, group: GroupConfig, seconds: float, name: str | None) -> dict[str, Any]:
+async def _record(config: Config, config_file: Path, group: GroupConfig, seconds: float,
+                  name: str | None) -> dict[str, Any]:
     stop = stop_on_signals()
     sessions = {server: Session(config.server(server))
                 for server in dict.fromkeys([group.server, *(t.server for t in group.tags if t.server)])}
@@ -245,6 +266,7 @@ async def _record(config: Config, group: GroupConfig, seconds: float, name: str 
         try:
             for session in sessions.values():
                 await session.open()
+            raise_findings(await check_nodes(config, sessions, [group.name], [], file=str(config_file)))
             started = store.start_recording(name, group_tags(group), group.period, group=group.name,
                                             server=group.server, keep=True)
 
@@ -264,6 +286,10 @@ async def _record(config: Config, group: GroupConfig, seconds: float, name: str 
             await feed.stop()
             counters = feed.counters()
             store.end_recording(started)
+            if not rows and not stop.is_set():
+                silent = "; ".join(f"{tag}: {why}" for tag, why in feed.tag_states().items() if why)
+                raise RecordError(f"no row came within {seconds:g} s", where=silent or f"group {group.name}",
+                                  next_step="see with 'opcua-detector browse' whether the tags change")
         finally:
             for session in sessions.values():
                 await session.close()
@@ -283,15 +309,20 @@ async def _wait(stop: asyncio.Event, seconds: float) -> None:
 def run(
     config_file: ConfigFile,
     monitor: MonitorName = None,
-    seconds: Annotated[float, typer.Option(help="Stop after so long; 0: run until interrupted.", min=0)] = 0,
+    seconds: Annotated[float, typer.Option(metavar="N", help="Stop after so long; 0: run until Ctrl-C.", min=0)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Score, but write to no server.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the monitors: sample, score, explain, write back, store; a live table of tags, score and cause."""
+    """Run the monitors: sample, score, explain, write back, store; a live table of tags, score and cause.
+
+    Ctrl-C or SIGTERM ends it: the nodes then say State "stopped".
+    """
     config = configuration.load(config_file)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s",
-                        handlers=[RichHandler(console=err, show_path=False)])
+    log_lines()
     facts = run_async(_run(config, config_file, monitor or (), seconds, dry_run))
+    for name, item in facts["monitors"].items():
+        err.print(f"{name}: {item['scored']} rows scored, {_count(len(item['alerts']), 'alert')}, "
+                  f"{item['superseded_writes']} writes superseded", markup=False)
     if as_json:
         print_json(facts)
 
@@ -299,34 +330,30 @@ def run(
 async def _run(config: Config, config_file: Path, only: Sequence[str], seconds: float, dry_run: bool) -> dict[str, Any]:
     service = Service(config, config_file, only=only, write=not dry_run)
     stop = stop_on_signals()
-    await service.start()
+    with err.status("starting") if err.is_terminal else nullcontext():
+        await service.start()
     try:
-        until = time.monotonic() + seconds if seconds else float("inf")
-        with Live(console=err, refresh_per_second=4, transient=False, auto_refresh=False) as live:
+        began = time.monotonic()
+        err.print(_what_runs(service, dry_run), markup=False)
+        until = began + seconds if seconds else float("inf")
+        with Live(console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
             while not stop.is_set() and time.monotonic() < until:
-                if err.is_terminal:
-                    live.update(run_view(service), refresh=True)
+                if live is not None:
+                    live.update(run_view(service, time.monotonic() - began), refresh=True)
                 await _wait(stop, min(0.25, max(0.0, until - time.monotonic())))
-        facts = run_facts(service)
+        facts = {"seconds": time.monotonic() - began, **run_facts(service)}
     finally:
         await service.stop("stopped")
     return facts
 
 
-def run_view(service: Service) -> Any:
-    """Return the live table: one line per monitor, then its tags."""
-    rows: list[list[Any]] = []
-    for name, item in service.runs.items():
-        verdict = item.monitor.verdict
-        told = item.explanation.sentence if verdict.alert and item.explanation else ""
-        rows.append([name, STATE_TEXTS[item.state], round(verdict.score, 3), f"{item.latency_ms:.1f}", verdict.quality,
-                     told])
-        frame = service.feeds[item.config.group].frame if item.config.group in service.feeds else None
-        names = [t.name for t in service.config.group(item.config.group).tags]
-        for tag, share in zip(verdict.tags, verdict.contribution, strict=True):
-            value = float(frame.values[names.index(tag)]) if frame is not None else float("nan")
-            rows.append([f"  {tag}", "", value, "", "", f"{share:.0%} of the score" if share else ""])
-    return table("", ["monitor / tag", "state", "score / value", "latency ms", "quality", "cause"], rows)
+def _what_runs(service: Service, dry_run: bool) -> str:
+    """Say in one line what runs and what is written."""
+    written = sum(len(run.config.outputs.node_of()) for run in service.runs.values() if run.config.outputs)
+    targets = sorted({run.config.outputs.server for run in service.runs.values() if run.config.outputs})
+    writing = ("a dry run, nothing is written" if dry_run else "no outputs are configured" if not written else
+               f"writing {written} nodes of {', '.join(targets)}")
+    return f"running {', '.join(service.runs)}: {writing}; Ctrl-C ends it"
 
 
 def run_facts(service: Service) -> dict[str, Any]:
@@ -352,8 +379,31 @@ def run_facts(service: Service) -> dict[str, Any]:
 
 
 def sim(context: typer.Context) -> None:
-    """Run the simulated plant; all options go to `python -m sim_server run` (see `--help` there)."""
-    arguments = context.args or ["--port", "4840"]
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "sim_server", *arguments]))
+    """Run the simulated plant; options and help are those of `python -m sim_server run`.
+
+    Listens on port 4840 unless told otherwise. Its first line on stdout is one JSON object (--json changes nothing).
+    """
+    given = [one for one in context.args if one != "--json"]
+    command = [sys.executable, "-m", "sim_server"]
+    if given[:1] == ["csv"] or {"-h", "--help"} & set(given):
+        code = subprocess.call([*command, *given])
+    else:
+        given = given[1:] if given[:1] == ["run"] else given
+        at = [] if any(one.split("=")[0] in ("--port", "--config") for one in given) else ["--port", "4840"]
+        code = _serve([*command, "run", "--die-with-parent", *at, *given])
+    if code and len(given) != len(context.args):
+        fail(SimulatorError("the simulated plant refused or failed; stderr says why"), as_json=True, tell=False)
+    raise typer.Exit(SimulatorError.exit_code if code else 0)
 
 
+def _serve(command: Sequence[str]) -> int:
+    """Run the plant until it ends; SIGINT and SIGTERM stop it, and it never outlives this process."""
+    child = subprocess.Popen(command, stdin=subprocess.PIPE)
+    kept = {number: signal.signal(number, lambda *_: child.terminate()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        assert child.stdin is not None
+        child.stdin.close()

@@ -119,7 +119,7 @@ class Lines(logging.Handler):
         """Print one record."""
         try:
             moment = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-            style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
+            style = "red" if record.levelno >= logging.ERROR else "yellow"
             err.print(f"{moment} {self.format(record)}", style=style, markup=False)
         except Exception:
             self.handleError(record)

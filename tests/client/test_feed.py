@@ -157,6 +157,20 @@ async def test_a_subscription_ended_with_a_status_is_made_anew_on_the_same_sessi
     await feed.stop()
 
 
+async def test_a_connection_lost_for_a_moment_is_a_gap_even_within_max_hold(session: Session) -> None:
+    rows = Rows()
+    feed = GroupFeed(group_config("x1", "x3", max_hold=100_000), {"plant": session}, rows.take)
+    await feed.start()
+    await rows.more(20)
+    session.fail("cut by the test")
+    before = len(rows.rows)
+    await rows.until(lambda r: len(r.rows) > before + 30 and session.counters["reconnects"] == 1)
+    gaps = [k for k, row in enumerate(rows.rows) if row[1]]
+    assert len(gaps) == 2 and gaps[1] >= before
+    assert all(row[3].all() for row in rows.rows[gaps[1] :])
+    await feed.stop()
+
+
 async def test_two_groups_share_a_session(session: Session) -> None:
     first, second = Rows(), Rows()
     feeds = [
