@@ -15,7 +15,7 @@ import numpy as np
 
 from .api import Channel, Float64, Int64, Plugin, Record, UInt8
 from .errors import RecordError
-from .kernels.score import SCORE, SURPRISE_CAP, forget, mean_surprise, score_rows, score_step
+from .kernels.score import SCORE, forget, mean_surprise, score_rows, score_step
 
 FOLDS = 5
 GRID = 512  # entries of the held-out distribution kept per state and channel
@@ -31,6 +31,7 @@ MAX_TRIMMED = 0.1  # share of windows that may be set apart as such
 # stretch. Seen on 28 simulated Lorenz plants: rare passes of 2 to 4 s with 2 to 5 nats; without this the alarm budget
 # of one a day was broken by 8 of them within an hour, with it by none that learnt from 20 minutes.
 NOVELTY_NATS, NOVELTY_ROWS = 5.0, 300
+LIMIT_CAP = 7.0  # nats of mean surprise, of 12 possible: above it everything is as abnormal as can be told
 STAT_FLOOR = 0.25  # nats: a limit is never below this mean surprise
 KINDS = {"trans": 0, "bound": 1, "conf": 2}
 DAY_S = 86400.0
@@ -280,11 +281,13 @@ def unlike_the_rest(stat: Float64, window: int) -> list[Int64]:
 
 
 def _tail_limit(stat: Float64, window: int, rate: float) -> tuple[float, int, int]:
-    """Return (limit, clusters, windows): limit = u + m ln(lambda / rate), never below all that was seen.
+    """Return (limit, clusters, windows): limit = u + m ln(lambda / rate) or more, never below all that was seen.
 
     Windows above the 90 % quantile form clusters; of the cluster peaks the highest quarter (10 to 25) counts: u is
-    the next lower peak, m their mean excess over it, lambda their number per row. An exponential tail fitted lower
-    down overshoots, since a mean of capped surprise has a bounded tail.
+    the next lower peak, m their mean excess over it, lambda their number per row. The larger of this exponential tail
+    and of the same in the logarithm (Hill: u exp(mean ln(peak / u) ln(lambda / rate))) is taken: on 32 simulated
+    plants the first alone broke the alarm budget in 5 healthy hours, both together in none. Fitted lower down, an
+    exponential tail overshoots; generalised Pareto fits were unstable.
 
     stat : float64[n]; held-out window means of surprise; rate : wanted false alarms per row. Stretches unlike the
     rest count too (the fit names them): a plant that has had them will have them again.
@@ -303,6 +306,8 @@ def _tail_limit(stat: Float64, window: int, rate: float) -> tuple[float, int, in
     if highest < 1:
         return max(seen * 1.5, STAT_FLOOR), len(peaks), len(known)
     base = float(peaks[-highest - 1])
-    mean_excess = float(np.mean(peaks[-highest:] - base))
-    limit = base + mean_excess * max(0.0, math.log(highest / len(known) / rate))
-    return min(max(limit, seen * 1.05, STAT_FLOOR), SURPRISE_CAP * 0.75), len(peaks), len(known)
+    ahead = max(0.0, math.log(highest / len(known) / rate))
+    limit = base + float(np.mean(peaks[-highest:] - base)) * ahead
+    if base > 0:
+        limit = max(limit, base * math.exp(float(np.mean(np.log(peaks[-highest:] / base))) * ahead))
+    return min(max(limit, seen * 1.05, STAT_FLOOR), LIMIT_CAP), len(peaks), len(known)

@@ -16,6 +16,7 @@ from .api import Float64, Int64, Record, Tag, TagKind, UInt8
 from .errors import RecordError
 from .kernels.columns import COSINE, DIFFERENCE, SAME, SINE, prepare, prepare_rows
 
+_STEPPED_VALUES = 200  # as many values with few levels and rare steps are a setpoint
 _MONOTONE_SHARE = 0.999  # of the steps that move, so many go up: a totaliser, also with a few roll-overs
 _MIN_STEPS = 50
 
@@ -131,12 +132,16 @@ def suggest_kind(data_type: str, writable: bool, values: Float64) -> tuple[str, 
         return TagKind.MEASURED.value, f"constant at {known[0]:g} in the values looked at"
     steps = np.diff(known)
     moving = steps[steps != 0]
-    if len(moving) >= 3 and float(np.mean(moving > 0)) >= _MONOTONE_SHARE and len(moving) >= 0.5 * len(steps):
+    whole = data_type not in ("Float", "Double", "Boolean")
+    up = float(np.mean(moving > 0)) if len(moving) else 0.0
+    if (len(moving) >= 3 and up >= _MONOTONE_SHARE and len(moving) >= 0.5 * len(steps)) or (
+            whole and len(moving) >= 2 and up == 1.0):  # counted now and then
         return TagKind.COUNTER.value, "only moves one way: a totaliser or clock; `kind: counter` judges its rate"
     few = len(np.unique(known)) <= 8 and len(known) >= 20
     if data_type == "Boolean" or (few and data_type not in ("Float", "Double")):
         return TagKind.STATE.value, ""
-    if writable:
+    stepped = few and len(known) >= _STEPPED_VALUES and len(moving) <= 0.02 * len(steps)
+    if writable or stepped:
         return TagKind.SETPOINT.value, ""
     return TagKind.MEASURED.value, ""
 

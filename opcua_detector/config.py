@@ -324,7 +324,8 @@ def _pick(key: str, name: str, among: tuple[_Named, ...]) -> _Named:
         if item.name == name:
             return item
     raise ConfigError("there is none of this name", key=key, value=name,
-                      expected="one of " + (", ".join(i.name for i in among) or "(none configured)"))
+                      expected="one of " + (", ".join(i.name for i in among) or "(none configured)"),
+                      next_step="choose one of them, or add it to the configuration")
 
 
 def _unique(names: Sequence[str], at: tuple[int | str, ...]) -> None:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 EXPLAIN_AGAIN_NS = 1_000_000_000  # while an alert stands its explanation follows the situation this often
 SLOW_EVERY_NS = 1_000_000_000
 TIMINGS = 1 << 16
+NOTHING_VALID = "Bad: no tag has a valid value"
 
 
 class MonitorRun:
@@ -44,6 +45,7 @@ class MonitorRun:
         self.peak = math.nan
         self.state = State.WARMING_UP
         self.alerts: list[Explanation] = []
+        self.columns = np.zeros(0, np.int64)  # of the group's frame: the tags that the monitor looks at
         self._told_state = -1
         self._told_ns = self._explained_ns = 0
         self._quality = ""
@@ -81,7 +83,8 @@ class MonitorRun:
     def slow(self, verdict: Verdict, lost: int, superseded: int) -> dict[str, Any]:
         """Return texts and counters."""
         self._told_state, self._quality, self._told_ns = self.state, verdict.quality, verdict.source_ns
-        return {"StateText": STATE_TEXTS[self.state], "Quality": verdict.quality, "ModelId": verdict.model_id,
+        quality = NOTHING_VALID if self.state == State.NO_DATA else verdict.quality
+        return {"StateText": STATE_TEXTS[self.state], "Quality": quality, "ModelId": verdict.model_id,
                 "Limit": 1.0, "LostSamples": lost, "SupersededWrites": superseded, **self.cause_values()}
 
     def cause_values(self) -> dict[str, Any]:
@@ -135,11 +138,11 @@ class Service:
         """
         self._loop = asyncio.get_running_loop()
         monitors = self._open_monitors()
-        self.store = Store.open(self.config.store.path, synchronous=self.config.store.synchronous,
-                                retention=retention_of(self.config))
         try:
             await self._open_sessions(monitors)
             await self._check(monitors)
+            self.store = Store.open(self.config.store.path, synchronous=self.config.store.synchronous,
+                                    retention=retention_of(self.config))
             await self._attach(monitors)
         except BaseException:
             await self.stop("start failed")
@@ -201,8 +204,11 @@ class Service:
         group = self.config.group(name)
         engine = Engine([run.monitor for run in runs])
         _warm(engine, len(group.tags))
+        names = [tag.name for tag in group.tags]
         for run in runs:
             run.monitor.continue_events(self.store.last_event_no(run.config.name))
+            run.columns = np.array([names.index(tag) for tag in run.monitor.verdict.tags], np.int64)
+            self._no_data(run, "Bad: waiting for the first row")
         if self.config.store.record:
             self._recordings[name] = self.store.start_recording(
                 None, group_tags(group), group.period, group=name, server=group.server)
@@ -214,6 +220,7 @@ class Service:
             self.scoring_ns[self.steps % TIMINGS] = time.perf_counter_ns() - started
             self.steps += 1
             for run, verdict in zip(runs, verdicts, strict=True):
+                run.state = state_of(verdict) if frame.valid[run.columns].any() else State.NO_DATA
                 self._deliver(name, run, verdict)
             if recording is not None:
                 self.store.offer_row(recording, frame)  # type: ignore[union-attr]
@@ -252,7 +259,6 @@ class Service:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _deliver(self, group: str, run: MonitorRun, verdict: Verdict) -> None:
-        run.state = state_of(verdict)
         if not math.isnan(verdict.score):
             run.scored += 1
         if run.back is not None:
@@ -323,7 +329,7 @@ class Service:
 
     def _link(self, server: str, state: LinkState) -> None:
         """A lost connection is told in the nodes of the other servers at once, in its own when it is back."""
-        log.warning("server %s: %s", server, state.value)
+        log.info("server %s: %s", server, state.value)  # the session warns
         if state is LinkState.CONNECTED:
             return
         for name, feed in self.feeds.items():
@@ -331,12 +337,14 @@ class Service:
                 continue
             for run in self.runs.values():
                 if run.config.group == name:
-                    run.state = State.NO_DATA
-                    if run.back is not None:
-                        run.back.offer(run.config.name, run.monitor.verdict.source_ns,
-                                       {"Score": math.nan, "State": State.NO_DATA},
-                                       {"StateText": STATE_TEXTS[State.NO_DATA],
-                                        "Quality": f"Bad: no connection to {server}"})
+                    self._no_data(run, f"Bad: no connection to {server}")
+
+    def _no_data(self, run: MonitorRun, quality: str) -> None:
+        run.state = State.NO_DATA
+        if run.back is not None:
+            run.back.offer(run.config.name, run.monitor.verdict.source_ns,
+                           {"Score": math.nan, "State": State.NO_DATA},
+                           {"StateText": STATE_TEXTS[State.NO_DATA], "Quality": quality})
 
 
 def known(residual: float) -> float:

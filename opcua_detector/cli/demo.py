@@ -49,14 +49,15 @@ def demo(
     Exit code 0 only when all of it held; with `--fault none` nothing may be detected.
     """
     if process not in HISTORY_ROWS:
-        raise ConfigError("unknown process", key="--process", value=process, expected="lorenz or throttle")
+        raise ConfigError("unknown process", key="--process", value=process, expected="lorenz or throttle",
+                          next_step="correct the option")
     options = ["--process", process, "--port", "0", "--history-rows", str(HISTORY_ROWS[process]), "--seed", str(seed)]
     err.print(f"[bold]simulated plant[/] {process}: starting", markup=True)
     with tempfile.TemporaryDirectory(prefix="opcua-detector-demo-") as folder, simulated_plant(options) as ready:
         chosen = fault or DEFAULT_FAULT[process]
         if chosen != "none" and chosen not in ready["faults"]:
             raise ConfigError("unknown fault", key="--fault", value=chosen,
-                              expected=f"one of {', '.join(ready['faults'])}, none")
+                              expected=f"one of {', '.join(ready['faults'])}, none", next_step="correct the option")
         err.print(f"  real OPC UA server at {ready['endpoint']}, {ready['history_rows']} rows of healthy history")
         config, file = _config(process, ready["endpoint"], Path(folder))
         fitted, fit_s = _fit(config, file, ready)

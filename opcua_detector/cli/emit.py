@@ -19,6 +19,11 @@ Recent = Mapping[str, Any]  # node -> (source_ns int64[m], value float64[m])
 MIN_PERIOD_NS, GUESSED_PERIOD_NS = 10**6, 10**8
 
 
+def is_result(node: BrowsedNode) -> bool:
+    """Whether a node is one that a detector writes."""
+    return f"nsu={RESULTS_NAMESPACE};" in node.node
+
+
 def proposals(nodes: Sequence[BrowsedNode], recent: Recent) -> dict[str, tuple[str, str]]:
     """Return node -> (proposed kind, reason against using it or empty)."""
     found: dict[str, tuple[str, str]] = {}
@@ -27,8 +32,8 @@ def proposals(nodes: Sequence[BrowsedNode], recent: Recent) -> dict[str, tuple[s
     for node in nodes:
         stamps, values = recent[node.node]
         kind, reason = suggest_kind(node.type, node.writable, values)
-        if f"nsu={RESULTS_NAMESPACE};" in node.node:
-            reason = "a result that a detector writes"
+        if node.type == "String" and kind != "state" and not reason:
+            reason = "text"
         elif not reason and historian and not node.history:
             reason = "no history, so that fit needs a recording"
         for other, other_stamps, other_values in kept:

@@ -38,11 +38,12 @@ from ..model import load as load_model
 from ..nodes import STATE_TEXTS
 from ..service import Service, check_nodes, retention_of
 from ..store import Store
-from .emit import config_text, period_of, proposals
+from .emit import config_text, is_result, period_of, proposals
 from .live import run_view, tree_lines
 from .terminal import EXIT_FOUND, AsJson, ConfigFile, MonitorName, err, fail, log_lines, out, print_json, progress_bar
 
 _T = TypeVar("_T")
+FEW_NODES = 50  # of so few variables a longer time is looked at, to tell their kinds apart
 
 
 def run_async(work: Coroutine[Any, Any, _T]) -> _T:
@@ -149,7 +150,7 @@ def _browse_target(target: str, server: str, insecure: bool) -> ServerConfig:
     names = [s.name for s in config.servers]
     if server and server not in names:
         raise ConfigError("there is no server of this name", key="--server", value=server,
-                          expected=f"one of {', '.join(names)}")
+                          expected=f"one of {', '.join(names)}", next_step="correct the option")
     return config.server(server or names[0])
 
 
@@ -162,8 +163,10 @@ async def _browse(target: ServerConfig, start: str, pattern: str, depth: int,
         found = [n async for n in walk(session, start=start, pattern=pattern, max_depth=depth)]
         if not values:
             return found, {}
-        found = [n for n in found if n.is_variable and n.readable and not n.array and np.isfinite(n.number)]
-        return found, dict(await recent_values(session, found))
+        found = [n for n in found if n.is_variable and n.readable and not n.array and np.isfinite(n.number)
+                 and not is_result(n)]
+        span_ns = (300 if len(found) <= FEW_NODES else 60) * 10**9
+        return found, dict(await recent_values(session, found, span_ns=span_ns))
     finally:
         await session.close()
 
@@ -262,11 +265,12 @@ async def _record(config: Config, config_file: Path, group: GroupConfig, seconds
     sessions = {server: Session(config.server(server))
                 for server in dict.fromkeys([group.server, *(t.server for t in group.tags if t.server)])}
     rows = 0
-    with Store.open(config.store.path, synchronous=config.store.synchronous, retention=retention_of(config)) as store:
-        try:
-            for session in sessions.values():
-                await session.open()
-            raise_findings(await check_nodes(config, sessions, [group.name], [], file=str(config_file)))
+    try:
+        for session in sessions.values():
+            await session.open()
+        raise_findings(await check_nodes(config, sessions, [group.name], [], file=str(config_file)))
+        with Store.open(config.store.path, synchronous=config.store.synchronous,
+                        retention=retention_of(config)) as store:
             started = store.start_recording(name, group_tags(group), group.period, group=group.name,
                                             server=group.server, keep=True)
 
@@ -283,17 +287,17 @@ async def _record(config: Config, config_file: Path, group: GroupConfig, seconds
                 while not stop.is_set() and time.monotonic() < until:
                     update(rows, max(expected, rows))
                     await _wait(stop, min(0.25, max(0.0, until - time.monotonic())))
+            silent = "; ".join(f"{tag}: {why}" for tag, why in feed.tag_states().items() if why)
             await feed.stop()
-            counters = feed.counters()
             store.end_recording(started)
             if not rows and not stop.is_set():
-                silent = "; ".join(f"{tag}: {why}" for tag, why in feed.tag_states().items() if why)
                 raise RecordError(f"no row came within {seconds:g} s", where=silent or f"group {group.name}",
                                   next_step="see with 'opcua-detector browse' whether the tags change")
-        finally:
-            for session in sessions.values():
-                await session.close()
-        return {"recording": started.name, "rows": rows, "committed_seq": store.committed_seq, "counters": counters}
+            return {"recording": started.name, "rows": rows, "committed_seq": store.committed_seq,
+                    "counters": feed.counters()}
+    finally:
+        for session in sessions.values():
+            await session.close()
 
 
 async def _wait(stop: asyncio.Event, seconds: float) -> None:
@@ -385,8 +389,10 @@ def sim(context: typer.Context) -> None:
     """
     given = [one for one in context.args if one != "--json"]
     command = [sys.executable, "-m", "sim_server"]
-    if given[:1] == ["csv"] or {"-h", "--help"} & set(given):
+    if given[:1] == ["csv"]:
         code = subprocess.call([*command, *given])
+    elif {"-h", "--help"} & set(given):
+        code = subprocess.call([*command, "run", "--help"])
     else:
         given = given[1:] if given[:1] == ["run"] else given
         at = [] if any(one.split("=")[0] in ("--port", "--config") for one in given) else ["--port", "4840"]

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import ConfigError, DetectorError
 
@@ -71,10 +72,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     made = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
     kept = [list(row) for row in rows]
     for i, name in enumerate(columns):
-        number = bool(kept) and all(isinstance(row[i], int | float) for row in kept)
+        number = bool(kept) and all(isinstance(row[i], int | float) or getattr(row[i], "justify", "") == "right"
+                                    for row in kept)
         made.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in kept:
-        made.add_row(*[cell(value) for value in row])
+        made.add_row(*[value if isinstance(value, Text) else cell(value) for value in row])
     return made
 
 
@@ -143,5 +145,5 @@ def progress_bar(what: str) -> Iterator[Callable[[float, float], None]]:
         return
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
                   TimeElapsedColumn(), console=err) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(what, total=1)
         yield lambda done, total: bar.update(task, completed=done, total=max(total, 1))

