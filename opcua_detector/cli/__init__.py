@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(given, prog_name="opcua-detector", standalone_mode=False)
     except DetectorError as error:
         code = fail(error, as_json=as_json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
     except Exception as error:
         code = _other(error, as_json)

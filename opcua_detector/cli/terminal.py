@@ -134,7 +134,7 @@ def log_lines() -> None:
 
 def show(content: Any) -> None:
     """Print a table on stdout; only a terminal folds its columns."""
-    out.print(content, width=None if out.is_terminal else UNFOLDED)
+    (out if out.is_terminal else Console(file=out.file, width=UNFOLDED, highlight=False)).print(content)
 
 
 @contextmanager

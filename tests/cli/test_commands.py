@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,7 +22,9 @@ from cli.conftest import Fitted
 from opcua_detector import __version__
 from opcua_detector.api import Record, Tag
 from opcua_detector.cli import COMMANDS, offline
+from opcua_detector.cli.emit import period_of, proposals
 from opcua_detector.cli.terminal import interval_ns
+from opcua_detector.client import BrowsedNode
 from opcua_detector.config import load
 from opcua_detector.csv_rows import write_csv
 from opcua_detector.nodes import NO_SCORE
@@ -31,7 +34,7 @@ from sim_server.testing import RunningPlant
 
 START_NS = 1_767_225_600_000_000_000  # 2026-01-01T00:00:00Z
 
-STATE = {"State": f"{RESULTS}lorenz.State", "StateText": f"{RESULTS}lorenz.StateText", "Score": f"{RESULTS}lorenz.Score"}
+STATE = {signal: f"{RESULTS}lorenz.{signal}" for signal in ("State", "StateText", "Score")}
 
 
 @contextmanager
@@ -112,7 +115,7 @@ def test_browse_shows_the_tree_in_order_and_a_filter_shows_paths(plant: RunningP
     assert indent == [0, 2, 4, 4, 6]
     assert "Double" in lines[at[2]] and " -h " in lines[at[2]] and " w- " in lines[at[4]]
     filtered = cli("browse", fitted.file, "--filter", "lorenz.x").out.splitlines()
-    assert [line.split()[0] for line in filtered] == ["/Objects/2:Plant/2:lorenz/2:x1", "/Objects/2:Plant/2:lorenz/2:x3"]
+    assert [line.split()[0] for line in filtered] == [f"/Objects/2:Plant/2:lorenz/2:{name}" for name in ("x1", "x3")]
     nodes = cli("browse", fitted.file, "--filter", "lorenz.x", "--json").json["nodes"]
     assert [n["node"] for n in nodes] == [f"{PLANT}lorenz.x1", f"{PLANT}lorenz.x3"]
     assert all(n["type"] == "Double" and n["history"] and not n["writable"] for n in nodes)
@@ -124,8 +127,9 @@ def test_the_config_that_browse_emits_goes_through_check_fit_and_run(plant: Runn
     file = tmp_path / "emitted.yaml"
     file.write_text(ran.out, encoding="utf-8")
     group = load(file).groups[0]
-    assert [(t.name, t.kind.value) for t in group.tags] == [("x1", "measured"), ("x3", "measured"),
-                                                           ("setpoint", "setpoint")]
+    kinds = {t.name: t.kind.value for t in group.tags}
+    assert kinds.pop("setpoint", "setpoint") == "setpoint"  # there when it moved in the time that was looked at
+    assert kinds == {"x1": "measured", "x3": "measured"}
     assert group.period == 10_000_000
     assert group.tags[0].unit == "1" and group.tags[0].eu_range == (-30.0, 30.0)
     for name, reason in (("total", "totaliser"), ("clock", "clock"), ("constant", "constant at 24"),
@@ -136,10 +140,37 @@ def test_the_config_that_browse_emits_goes_through_check_fit_and_run(plant: Runn
     uncommented = ran.out.replace("# - {name: constant", "- {name: constant")
     assert "constant" in [t["name"] for t in yaml.safe_load(uncommented)["groups"][0]["tags"]]
     assert cli("check", file).code == 0
-    report = cli("fit", file)
-    assert report.code == 0 and "inputs, not judged: setpoint (setpoint)" in report.err
+    assert cli("fit", file).code == 0
     ran = cli("run", file, "--seconds", "2", "--json")
     assert ran.code == 0 and ran.json["monitors"]["plant"]["scored"] > 0
+
+
+def browsed(name: str, kind: str = "Double", **more: Any) -> BrowsedNode:
+    """A variable as `browse` finds it."""
+    return BrowsedNode(f"/Objects/2:{name}", f"nsu=urn:p;s={name}", name, 1, True, type=kind, readable=True, **more)
+
+
+def test_browse_proposes_kind_and_period_from_what_the_values_do() -> None:
+    at = START_NS + np.arange(3000) * 50_000_000
+    rng = np.random.default_rng(1)
+    steps = {
+        browsed("pressure"): rng.normal(size=3000), browsed("level", writable=True): rng.normal(size=3000),
+        browsed("target"): np.repeat([20.0, 30.0, 25.0], 1000), browsed("mode", "Int32"): np.repeat([1, 2, 1], 1000),
+        browsed("running", "Boolean"): np.repeat([1, 0, 1], 1000), browsed("pieces", "UInt32"): np.arange(3000) // 900,
+        browsed("hours"): np.arange(3000) * 0.05, browsed("limit"): np.full(3000, 4.0),
+        browsed("note", "String"): rng.normal(size=3000), browsed("today", "DateTime"): np.arange(3000.0),
+    }
+    nodes = list(steps)
+    recent = {node.node: (at, values.astype(float)) for node, values in steps.items()}
+    found = {node.name: proposals(nodes, recent)[node.node] for node in nodes}
+    assert {name: kind for name, (kind, reason) in found.items() if not reason} == {
+        "pressure": "measured", "level": "setpoint", "target": "setpoint", "mode": "state", "running": "state"}
+    for name, word in (("pieces", "totaliser"), ("hours", "totaliser or clock"), ("limit", "constant at 4"),
+                       ("note", "text"), ("today", "clock")):
+        assert word in found[name][1], found[name]
+    assert period_of(nodes, recent) == 50_000_000
+    jittery = {node: (stamps + rng.integers(-2_000_000, 2_000_000, 3000), v) for node, (stamps, v) in recent.items()}
+    assert period_of(nodes, jittery) in (49_000_000, 50_000_000, 51_000_000)
 
 
 def test_browse_emits_the_access_of_the_config_it_was_given(plant: RunningPlant, tmp_path: Path) -> None:
@@ -228,20 +259,27 @@ def test_fit_works_beside_a_service_that_writes_the_store(plant: RunningPlant, f
 
 
 def test_record_then_fit_then_replay_use_the_same_rows(plant: RunningPlant, fitted: Fitted) -> None:
-    ran = cli("record", fitted.file, "--seconds", "22", "--name", "healthy", "--json")
+    ran = cli("record", fitted.file, "--seconds", "4", "--name", "now", "--json")
     assert ran.code == 0, ran.err
     rows = ran.json["rows"]
-    assert rows >= 2000 and ran.json["counters"]["lost"] == 0
-    assert ran.json["committed_seq"] >= rows
-    learnt = cli("fit", fitted.file, "--recording", "healthy", "--json")
-    assert learnt.code == 0, learnt.err
-    assert learnt.json["monitors"][0]["rows"] == rows
+    assert rows > 300 and ran.json["counters"]["lost"] == 0 and ran.json["committed_seq"] >= rows
     scores = fitted.folder / "scores.csv"
-    ran = cli("replay", fitted.file, "--recording", "healthy", "--scores", scores, "--json")
+    ran = cli("replay", fitted.file, "--recording", "now", "--scores", scores, "--json")
     (monitor,) = ran.json["monitors"]
-    assert monitor["rows"] == rows and monitor["scored"] > 0.9 * rows and monitor["alerts"] == []
+    assert monitor["rows"] == rows and monitor["scored"] > 0.5 * rows and monitor["alerts"] == []
     lines = scores.read_text().splitlines()
     assert lines[0] == "source_ns,monitor,score,valid_tags" and len(lines) == rows + 1
+    with Store.open(load(fitted.file).store.path) as store:
+        healthy = Record.from_rows(make("lorenz", seed=9).simulate(4000), [Tag("x1"), Tag("x3")], 10_000_000,
+                                   start_ns=START_NS)
+        store.write_record("healthy", healthy)
+    learnt = cli("fit", fitted.file, "--recording", "healthy", "--json")
+    assert learnt.code == 0, learnt.err
+    assert learnt.json["monitors"][0]["rows"] == 4000
+    slower = content(plant.endpoint)
+    slower["groups"][0]["period"] = "20 ms"
+    ran = cli("fit", write(fitted.folder, slower), "--recording", "healthy")
+    assert ran.code == 3 and "period of 10 ms, the group lorenz 20 ms" in ran.err
 
 
 def test_replay_over_a_csv_lists_the_alert_with_its_cause(tmp_path: Path) -> None:
