@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 from .api import Plugin, Record, Tag
 from .config import Config, GroupConfig, MonitorConfig
 from .engine import AlertSettings, Monitor
-from .errors import ConfigError
+from .errors import ConfigError, ModelTagsError, PluginError
 from .fitting import FitReport, fit_monitor
 from .model import NormalityModel
 from .model import load as load_model
 from .registry import Registry
-from .store import Store
+from .store import AuditEntry, Store
 
 
 def group_tags(group: GroupConfig) -> tuple[Tag, ...]:
@@ -42,13 +43,47 @@ def registry_of(config: Config) -> Registry:
     return Registry(config.plugins)
 
 
-def methods_of(monitor: MonitorConfig, registry: Registry) -> list[tuple[str, Plugin, Any]]:
-    """Return (name, plugin, parameters) of each method of a monitor; ConfigError names a wrong parameter."""
+def methods_of(monitor: MonitorConfig, registry: Registry, config_file: Path) -> list[tuple[str, Plugin, Any]]:
+    """Return (name, plugin, parameters) of each method of a monitor.
+
+    Raises
+    ------
+    PluginError
+        No such plugin, or it cannot be imported.
+    ConfigError
+        A parameter that the plugin does not know, or of the wrong type.
+    """
     found = []
+    where = f"monitors.{monitor.name}.methods"
     for item in monitor.methods:
         given = {key: value for key, value in item.items() if key != "name"}
-        found.append((item["name"], registry.get(item["name"]), registry.params(item["name"], given)))
+        try:
+            found.append((item["name"], registry.get(item["name"]), registry.params(item["name"], given)))
+        except ConfigError as error:
+            raise ConfigError(error.problem, file=str(config_file), key=f"{where}.{error.key}", value=error.value,
+                              expected=error.expected, next_step=error.next_step) from error
+        except PluginError as error:
+            raise PluginError(error.what, where=f"{config_file}: {where}", next_step=error.next_step) from error
     return found
+
+
+def setup_of(monitor: MonitorConfig, group: GroupConfig) -> dict[str, Any]:
+    """Return what of a monitor's config decides its model, JSON-able, without paths of this machine."""
+    def portable(key: str, value: Any) -> Any:
+        return Path(value).name if key == "model" and not str(value).startswith("bundled:") else value
+
+    return {
+        "tags": [tag.name for tag in monitor_tags(monitor, group)], "state_tag": monitor.state_tag,
+        "methods": [{key: portable(key, value) for key, value in item.items()} for item in monitor.methods],
+        "windows_ns": list(monitor.windows), "false_alarms_per_day": monitor.false_alarms_per_day,
+    }
+
+
+def changed_since_fit(monitor: MonitorConfig, group: GroupConfig, model: NormalityModel) -> list[str]:
+    """Return the keys of the monitor's config that differ from those the model was fitted with."""
+    fitted = model.facts.get("setup", {})
+    now = json.loads(json.dumps(setup_of(monitor, group)))
+    return [key for key, value in fitted.items() if now.get(key) != value]
 
 
 @dataclass(frozen=True)
@@ -65,7 +100,7 @@ def fit_config(
     config: Config, config_file: Path, record_of: Callable[[GroupConfig], Record], *, only: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Fitted]:
-    """Fit the monitors of a config on a healthy record of each group, then save the models: all of them or none.
+    """Fit the monitors of a config on a healthy record of each group; nothing is saved, see `keep_fitted`.
 
     `record_of` is called once per group and gives a record of the group's tags.
     """
@@ -74,7 +109,7 @@ def fit_config(
     if not chosen:
         raise ConfigError("no monitor is configured", file=str(config_file), key="monitors",
                           next_step="add a monitor; the samples in configs/ show one")
-    prepared = [(monitor, methods_of(monitor, registry)) for monitor in chosen]
+    prepared = [(monitor, methods_of(monitor, registry, config_file)) for monitor in chosen]
     records: dict[str, Record] = {}
     done = []
     for monitor, methods in prepared:
@@ -87,19 +122,41 @@ def fit_config(
         progress(f"monitor {monitor.name}: {len(record)} rows of {len(tags)} tags")
         model, report = fit_monitor(
             monitor.name, record, methods, state_tag=monitor.state_tag, windows_ns=monitor.windows,
-            false_alarms_per_day=monitor.false_alarms_per_day, progress=progress)
+            false_alarms_per_day=monitor.false_alarms_per_day, setup=setup_of(monitor, group), progress=progress)
         done.append(Fitted(monitor, model, report, model_path(config_file, monitor)))
-    for fitted in done:
-        fitted.model.save(fitted.path)
     return done
+
+
+def keep_fitted(fitted: Sequence[Fitted], store: Store) -> None:
+    """Save the models and note them in the store, which is open by now: no model is replaced that cannot be noted."""
+    for one in fitted:
+        one.model.save(one.path)
+        record_model(store, one.model, one.path)
+        store.record_audit(AuditEntry("fit", "model fitted", {
+            "monitor": one.monitor.name, "model_id": one.model.model_id, "rows": one.report.rows,
+            "excluded": dict(one.report.excluded)}))
 
 
 def open_monitor(
     monitor: MonitorConfig, group: GroupConfig, model: NormalityModel, registry: Registry,
 ) -> Monitor:
-    """Open a fitted monitor for frames of its group."""
+    """Open a fitted monitor for frames of its group.
+
+    Raises
+    ------
+    ModelTagsError
+        The model was fitted for another monitor, other tags, another state tag or period.
+    """
+    if model.monitor != monitor.name:
+        raise ModelTagsError(f"the model was fitted for monitor {model.monitor}", where=f"monitor {monitor.name}",
+                             next_step="give this monitor its own model file, or fit it again")
+    model.require(monitor_tags(monitor, group), group.period)
     tags = group_tags(group)
-    model.require(tags, group.period)
+    for key in changed_since_fit(monitor, group, model):
+        if key in ("tags", "state_tag"):
+            fitted, now = model.facts["setup"][key], setup_of(monitor, group)[key]
+            raise ModelTagsError(f"the model was fitted with {key} {fitted}, the config says {now}",
+                                 where=f"monitor {monitor.name}", next_step="fit the monitor again")
     columns = model.plan.columns
     methods = [registry.get(m.plugin).open(m, columns) for m in model.methods]
     alert = AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity)

@@ -27,9 +27,9 @@ MIN_HELD_OUT = 1000
 SUSPICIOUS_FACTOR = 3.0  # times the spread of the held-out windows: stretches unlike the rest
 MAX_TRIMMED = 0.1  # share of windows that may be set apart as such
 # A method that learns from this record alone is surprised by any healthy movement that the record happens not to
-# hold, for as long as the movement lasts: no record tells how often that will be. So its limit stays above such a
-# stretch. Seen on 28 simulated Lorenz plants: rare passes of 2 to 4 s with 2 to 5 nats; without this the alarm budget
-# of one a day was broken by 8 of them within an hour, with it by none that learnt from 20 minutes.
+# hold, for as long as the movement lasts, and no record tells how often that will be. Where a method trained elsewhere
+# stands beside it, its limit stays above such a stretch (simulated Lorenz plants: rare passes of 2 to 4 s with 2 to 5
+# nats); alone it must do without, or it would find nothing.
 NOVELTY_NATS, NOVELTY_ROWS = 5.0, 300
 LIMIT_CAP = 7.0  # nats of mean surprise, of 12 possible: above it everything is as abnormal as can be told
 STAT_FLOOR = 0.25  # nats: a limit is never below this mean surprise
@@ -42,7 +42,8 @@ class Calibration:
     """What turns residuals into a score.
 
     channels : all channels of the monitor, in the order of the residual vector
-    groups : names of the fusion groups, one per method; score = max over them
+    groups : names of the fusion groups, "<method>/<tag>"; score = max over them: a fault of one tag among many
+        must not be averaged away
     group, kind : int64[n_channels]
     windows : int64[n_windows] rows
     states : learnt operating states; (0,) where no state tag is used
@@ -92,6 +93,9 @@ class Scorer:
         self.cursor = np.zeros(2, np.int64)
         self.out = np.full(6, np.nan)
         c = calibration
+        methods = [method_of(name) for name in c.groups]
+        self._method_of_group = np.array([methods.index(name) for name in methods], np.int64)
+        self._method = self._method_of_group[c.group]
         self._table = (c.grid, c.level, c.used, c.tail, c.group, c.kind, c.windows)
 
     def reset(self) -> None:
@@ -120,7 +124,7 @@ class Scorer:
         into[counted <= 0] = np.nan
 
     def channel_shares(self, state: int) -> Float64:
-        """Return float64[n_channels]: weight of each channel of the leading group, by excess over its healthy level.
+        """Return float64[n_channels]: weight of each channel of the leading method, by excess over its healthy level.
 
         Surprise is capped, so it is weighted by the plain residual in healthy units: among channels that are all
         off the scale the one that is furthest off leads.
@@ -134,8 +138,13 @@ class Scorer:
         residual_mean = self.sums[:, window, 1, 0] / counts[:, 1]
         excess = np.maximum(surprise_mean - self.calibration.usual[state], 0.0)
         share[:] = excess * np.maximum(residual_mean, 0.0) / self.calibration.scale[state]
-        share[self.calibration.group != lead] = 0.0
+        share[self._method != self._method_of_group[lead]] = 0.0
         return share
+
+
+def method_of(group: str) -> str:
+    """Return the method of a fusion group, "<method>/<tag>"."""
+    return group.split("/", 1)[0]
 
 
 def held_out_residuals(plugin: Plugin, record: Record, params: object, full: Float64) -> Float64:
@@ -169,10 +178,10 @@ def calibrate(
     Parameters
     ----------
     held_out : float64[n, n_channels]
-    group_names : fusion group of each channel
+    group_names : fusion group of each channel, "<method>/<tag>"
     gap : uint8[n]; state : int64[n], index into `states`
     windows : rows; period_s : seconds per row; false_alarms_per_day : the alarm budget of this monitor
-    learnt_here : groups whose model was fitted on this record, see `NOVELTY_NATS`
+    learnt_here : methods whose model was fitted on this record, see `NOVELTY_NATS`
 
     Raises
     ------
@@ -237,23 +246,25 @@ def _with_limits(
     stats, _ = scorer.rows(held_out, gap, state)
     rate = per_day / DAY_S * period_s / (len(plain.groups) * len(plain.windows))
     limit = np.ones_like(plain.limit)
-    notes: list[str] = []
+    beside = any(method_of(name) not in learnt_here for name in plain.groups)
+    short: dict[tuple[str, int], float] = {}
     for s in range(len(plain.states)):
         rows = state == s
         for g, name in enumerate(plain.groups):
             for w, window in enumerate(plain.windows):
                 limit[s, g, w], clusters, windows = _tail_limit(stats[rows, g, w], int(window), rate)
-                if name in learnt_here:
+                if method_of(name) in learnt_here and beside:
                     novelty = NOVELTY_NATS * min(1.0, NOVELTY_ROWS / int(window))
                     limit[s, g, w] = max(limit[s, g, w], novelty)
                 if clusters < MIN_CLUSTERS:
-                    hours = windows * period_s / 3600
-                    notes.append(f"{name}: {clusters} healthy peaks in {hours:.2f} h do not support a limit of "
-                                 f"{per_day:g} false alarms a day; the limit is set above all that was seen")
+                    short[method_of(name), int(window)] = windows * period_s / 3600
+    notes = [f"{method}, window of {window} rows: the healthy record ({hours:.2f} h) has too few peaks to support "
+             f"{per_day:g} false alarms a day; the limit is set above all that was seen"
+             for (method, window), hours in short.items()]
     usual = np.zeros_like(plain.usual)
     for s in range(len(plain.states)):
         usual[s] = _mean_surprise(plain, held_out[state == s], s)
-    return Calibration(**{**plain.__dict__, "limit": limit, "usual": usual, "notes": tuple(dict.fromkeys(notes))})
+    return Calibration(**{**plain.__dict__, "limit": limit, "usual": usual, "notes": tuple(notes)})
 
 
 def _mean_surprise(plain: Calibration, held_out: Float64, s: int) -> Float64:

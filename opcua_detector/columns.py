@@ -18,7 +18,7 @@ from .kernels.columns import COSINE, DIFFERENCE, SAME, SINE, prepare, prepare_ro
 
 _STEPPED_VALUES = 200  # as many values with few levels and rare steps are a setpoint
 _MONOTONE_SHARE = 0.999  # of the steps that move, so many go up: a totaliser, also with a few roll-overs
-_MIN_STEPS = 50
+_MIN_STEPS = 10  # all one way by chance: 1 in 1000
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from .api import (
     UInt8,
     Verdict,
 )
+from .calibration import method_of
 from .columns import ColumnPlan
 from .explain import rank, sentence
 from .kernels.score import BOUND, CONF, SCORE, TRANS
@@ -117,7 +118,7 @@ class Monitor:
         tag_of = {tag.name: i for i, tag in enumerate(self.model.tags)}
         self._channel_tag = np.array(
             [tag_of[self.plan.owner(c.column)] for c in self.model.calibration.channels], np.int64)
-        self._lead_method = [self.model.names.index(name) for name in self.model.calibration.groups]
+        self._lead_method = [self.model.names.index(method_of(name)) for name in self.model.calibration.groups]
 
     def reset(self) -> None:
         """Forget all rows; a standing alert stands."""

@@ -49,14 +49,14 @@ class DetectorError(Exception):
 class ConfigError(DetectorError):
     """The configuration is wrong.
 
-    Adds `file`, `key` (dotted path), `value` and `expected` to the text.
+    Adds `file`, `key` (dotted path), `value` and `expected` to the text; `problem` is the bare clause.
     """
 
     exit_code = 2
 
     def __init__(self, what: str, *, file: str = "", key: str = "", value: object = None,
                  expected: str = "", next_step: str = "") -> None:
-        self.file, self.key, self.value, self.expected = file, key, value, expected
+        self.problem, self.file, self.key, self.value, self.expected = what, file, key, value, expected
         detail = what
         if value is not None:
             detail += f" (got {value!r})"

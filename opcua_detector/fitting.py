@@ -43,7 +43,8 @@ class FitReport:
 
 def fit_monitor(
     name: str, record: Record, methods: Sequence[tuple[str, Plugin, Any]], *, state_tag: str = "",
-    windows_ns: Sequence[int] = (), false_alarms_per_day: float = 1.0, progress: Callable[[str], None] = lambda _: None,
+    windows_ns: Sequence[int] = (), false_alarms_per_day: float = 1.0, setup: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[NormalityModel, FitReport]:
     """Fit a monitor on healthy rows.
 
@@ -83,7 +84,7 @@ def fit_monitor(
         held_out.append(held_out_residuals(plugin, columns, params, full))
         models.append(fitted)
         channels += list(method.channels)
-        groups += [label] * len(method.channels)
+        groups += [f"{label}/{plan.owner(channel.column)}" for channel in method.channels]
     residual = np.concatenate(held_out, axis=1)
     calibration = calibrate(channels, groups, residual, columns.gap, state, states, windows,
                             record.period_ns / 1e9, false_alarms_per_day,
@@ -92,7 +93,7 @@ def fit_monitor(
                      for c in range(len(plan.columns))])
     span_ns = (int(record.source_ns[0]), int(record.source_ns[-1]))
     facts = {"rows": len(record), "from_ns": span_ns[0], "to_ns": span_ns[1], "gaps": int(record.gap.sum()) - 1,
-             "false_alarms_per_day": false_alarms_per_day}
+             "false_alarms_per_day": false_alarms_per_day, "setup": dict(setup or {})}
     model = NormalityModel(name, tags, excluded, record.period_ns, state_tag, tuple(labels), tuple(models), calibration,
                            span, (), facts)
     return model, _report(name, record, excluded, state, states, calibration, residual)

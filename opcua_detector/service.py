@@ -16,13 +16,13 @@ import numpy as np
 
 from . import __version__
 from .api import BAD_DATA_UNAVAILABLE, Explanation, Frame, Verdict
-from .app import group_tags, model_path, open_monitor, record_model, registry_of
+from .app import changed_since_fit, group_tags, model_path, open_monitor, record_model, registry_of
 from .client import Finding, GroupFeed, LinkState, Session, WriteBack, check_outputs, check_tags, raise_findings
 from .config import Config, MonitorConfig
 from .engine import Engine, Monitor
 from .model import load as load_model
 from .nodes import NO_SCORE, STATE_TEXTS, TOP, State
-from .store import Event, Retention, Store
+from .store import AuditEntry, Event, Retention, Store
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class MonitorRun:
         return {
             "Score": verdict.score, "IsAnomaly": verdict.alert, "Severity": verdict.severity, "State": self.state,
             "EventNo": verdict.event_no, "RTrans": known(verdict.r_trans), "RBound": known(verdict.r_bound),
-            "RConf": known(verdict.r_conf), "Residuals": verdict.residual, "Contributions": verdict.contribution,
+            "RConf": known(verdict.r_conf), "Contributions": verdict.contribution,
+            "Residuals": np.where(np.isnan(verdict.residual), NO_SCORE, verdict.residual),
             "LastUpdate": verdict.source_ns, "LastUpdateText": iso(verdict.source_ns), "LatencyMs": self.latency_ms,
         }
 
@@ -156,6 +157,10 @@ class Service:
             group = self.config.group(item.group)
             model = load_model(model_path(self.config_file, item))
             opened.setdefault(group.name, []).append((item, open_monitor(item, group, model, registry)))
+            changed = changed_since_fit(item, group, model)
+            if changed:
+                log.warning("monitor %s: %s changed in the config since the fit; the model decides until you fit again",
+                            item.name, ", ".join(changed))
         return opened
 
     async def _open_sessions(self, monitors: Mapping[str, list[tuple[MonitorConfig, Monitor]]]) -> None:
@@ -183,6 +188,10 @@ class Service:
     async def _attach(self, monitors: Mapping[str, list[tuple[MonitorConfig, Monitor]]]) -> None:
         assert self.store is not None
         self.store.start_run(__version__, config_hash(self.config_file), [m.name for m in self.config.monitors])
+        self.store.record_audit(AuditEntry("service", "run started", {
+            "config": str(self.config_file), "write": self._write,
+            "models": {item.name: monitor.model.model_id for items in monitors.values() for item, monitor in items}},
+            ), timeout_s=None)
         targets: dict[str, dict[tuple[str, str], str]] = {}
         for item in self._outputs(monitors):
             assert item.outputs is not None
@@ -242,8 +251,11 @@ class Service:
             await feed.stop()
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        # An alert that nobody watches any more must not stand for ever; State and Score say that this is no all-clear.
         final = {"State": State.STOPPED, "StateText": STATE_TEXTS[State.STOPPED], "Score": math.nan,
-                 "Quality": "Bad: the detector was stopped"}
+                 "Quality": "Bad: the detector was stopped", "IsAnomaly": False, "Severity": 0, "ExplanationText": "",
+                 **{f"Top{rank}{what}": empty for rank in range(1, TOP + 1)
+                    for what, empty in (("Tag", ""), ("Contribution", 0.0), ("Cause", ""))}}
         for back in self._backs.values():
             await back.stop({name: final for name, run in self.runs.items() if run.back is back})
         for session in self.sessions.values():
@@ -252,6 +264,7 @@ class Service:
             store, self.store = self.store, None
             try:
                 if store.run_id:
+                    store.record_audit(AuditEntry("service", "run ended", {"reason": reason}), timeout_s=None)
                     store.end_run(reason, timeout_s=5.0)
             finally:
                 store.close()
@@ -325,7 +338,7 @@ class Service:
     def _acknowledged(self, monitor: str, source_ns: int, ack_utc_ns: int) -> None:
         run = self.runs.get(monitor)
         if run is not None:
-            run.latency_ms = (ack_utc_ns - source_ns) / 1e6
+            run.latency_ms = (ack_utc_ns - source_ns) / 1e6  # offers without a row are not acknowledged
 
     def _link(self, server: str, state: LinkState) -> None:
         """A lost connection is told in the nodes of the other servers at once, in its own when it is back."""
@@ -342,7 +355,7 @@ class Service:
     def _no_data(self, run: MonitorRun, quality: str) -> None:
         run.state = State.NO_DATA
         if run.back is not None:
-            run.back.offer(run.config.name, run.monitor.verdict.source_ns,
+            run.back.offer(run.config.name, 0,
                            {"Score": math.nan, "State": State.NO_DATA},
                            {"StateText": STATE_TEXTS[State.NO_DATA], "Quality": quality})
 

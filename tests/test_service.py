@@ -60,7 +60,8 @@ def configuration(endpoint: str, **changes: Any) -> dict[str, Any]:
 def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("service-models")
     file = write(folder, configuration("opc.tcp://127.0.0.1:1/"))
-    fit_config(load(file), file, healthy)
+    for fitted in fit_config(load(file), file, healthy):
+        fitted.model.save(fitted.path)
     return folder / "models"
 
 
@@ -300,7 +301,8 @@ async def test_two_groups_and_two_monitors_on_one_server_with_nodes_by_browse_pa
     given["monitors"].append({"name": "slow", "group": "slow", "methods": ["transition"], "outputs": {
         "server": "plant", "nodes": {signal: results + signal for signal in ("Score", "State", "LastUpdate")}}})
     file = write(folder, given)
-    fit_config(load(file), file, healthy, only=["slow"])
+    for fitted in fit_config(load(file), file, healthy, only=["slow"]):
+        fitted.model.save(fitted.path)
     async with running(file) as service, Observer(plant.endpoint) as observer:
         for run in service.runs.values():
             await scoring(run)

@@ -89,6 +89,7 @@ def _fit(config: Config, file: Path, ready: dict[str, Any]) -> tuple[Fitted, flo
     started = time.perf_counter()
     (fitted,) = fit_config(config, file, lambda group: history_record(config, file, group, span_ns),
                            progress=lambda text: err.print(f"  {text}", markup=False))
+    fitted.model.save(fitted.path)
     fit_s = time.perf_counter() - started
     for name, reason in fitted.report.excluded.items():
         err.print(f"  left out: {name}: {reason}", markup=False)

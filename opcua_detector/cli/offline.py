@@ -15,14 +15,14 @@ import typer
 
 from .. import config as configuration
 from ..api import Record
-from ..app import Fitted, fit_config, group_tags, model_path, open_monitors, record_model
+from ..app import Fitted, fit_config, group_tags, keep_fitted, model_path, open_monitors
 from ..config import Config, GroupConfig
 from ..csv_rows import read_csv
 from ..engine import Engine, Monitor, frames_of
 from ..errors import ConfigError, DetectorError, RecordError
 from ..frames import record_from_columns
 from ..model import load as load_model
-from ..nodes import nodeset_xml
+from ..nodes import TOP, nodeset_xml
 from ..store import Store
 from .terminal import (
     AsJson,
@@ -115,8 +115,7 @@ def fit(
                           progress=lambda text: line.update(text) if line else None)
     seconds = time.perf_counter() - started
     with Store.open(config.store.path, beside=True) as store:  # also while `run` is live
-        for fitted in done:
-            record_model(store, fitted.model, fitted.path)
+        keep_fitted(done, store)
     for fitted in done:
         _show_fit(fitted)
     if as_json:
@@ -231,7 +230,8 @@ def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None, 
                     told = monitors[m].explain(monitors[m].snapshot())
                     alerts.append({"monitor": verdict.monitor, "event_no": verdict.event_no,
                                    "raised": clock(frame.source_ns), "cleared": None, "peak_score": verdict.score,
-                                   "top_tag": _top_tag(monitors[m]), "explanation": told.sentence})
+                                   "top_tag": _top_tag(monitors[m]), "explanation": told.sentence,
+                                   "causes": [asdict(cause) for cause in told.causes[:TOP]]})
                 if verdict.alert and verdict.score > alerts[-1]["peak_score"]:
                     alerts[-1]["peak_score"] = verdict.score
                 if verdict.cleared:

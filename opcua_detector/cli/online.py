@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,7 +19,7 @@ from rich.live import Live
 
 from .. import config as configuration
 from ..api import Frame, Record
-from ..app import group_tags, model_path, open_monitor, registry_of
+from ..app import changed_since_fit, group_tags, methods_of, model_path, open_monitor, registry_of
 from ..client import (
     BrowsedNode,
     Finding,
@@ -35,7 +36,7 @@ from ..config import Config, GroupConfig, ServerConfig
 from ..errors import ConfigError, ConnectionProblem, DetectorError, NodeProblem, RecordError, SimulatorError
 from ..frames import iso_utc
 from ..model import load as load_model
-from ..nodes import STATE_TEXTS
+from ..nodes import STATE_TEXTS, TOP
 from ..service import Service, check_nodes, retention_of
 from ..store import Store
 from .emit import config_text, is_result, period_of, proposals
@@ -203,16 +204,20 @@ def _check_models(config: Config, config_file: Path) -> list[Finding]:
     for item in config.monitors:
         where = f"monitors.{item.name}"
         try:
-            for method in item.methods:
-                registry.params(method["name"], {k: v for k, v in method.items() if k != "name"})
-            path = model_path(config_file, item)
+            methods_of(item, registry, config_file)
+            path, group = model_path(config_file, item), config.group(item.group)
             if path.exists():
-                open_monitor(item, config.group(item.group), load_model(path), registry)
+                model = load_model(path)
+                open_monitor(item, group, model, registry)
+                changed = changed_since_fit(item, group, model)
+                if changed:
+                    found.append(Finding(where, f"changed in the config since the fit: {', '.join(changed)}; the model "
+                                         "still decides", f"opcua-detector fit {config_file}", error=False))
             else:
                 found.append(Finding(where, f"not fitted yet: {path} is not there",
                                      f"opcua-detector fit {config_file}", error=False))
         except DetectorError as error:
-            found.append(Finding(where, error.what, error.next_step or "see the README"))
+            found.append(Finding(error.where or where, error.what, error.next_step or "see the README"))
     return found
 
 
@@ -373,7 +378,8 @@ def run_facts(service: Service) -> dict[str, Any]:
         "monitors": {name: {
             "state": STATE_TEXTS[item.state], "score": item.monitor.verdict.score, "scored": item.scored,
             "events": item.monitor.verdict.event_no, "latency_ms": item.latency_ms,
-            "alerts": [{"at": iso_utc(told.source_ns), "explanation": told.sentence} for told in item.alerts],
+            "alerts": [{"at": iso_utc(told.source_ns), "explanation": told.sentence,
+                        "causes": [asdict(cause) for cause in told.causes[:TOP]]} for told in item.alerts],
             "superseded_writes": item.back.superseded.get(name, 0) if item.back else 0,
         } for name, item in service.runs.items()},
     }
@@ -398,7 +404,9 @@ def sim(context: typer.Context) -> None:
         at = [] if any(one.split("=")[0] in ("--port", "--config") for one in given) else ["--port", "4840"]
         code = _serve([*command, "run", "--die-with-parent", *at, *given])
     if code and len(given) != len(context.args):
-        fail(SimulatorError("the simulated plant refused or failed; stderr says why"), as_json=True, tell=False)
+        fail(SimulatorError("the simulated plant refused or failed; stderr says why",
+                            next_step="correct the option it names, or choose another port with --port"),
+             as_json=True, tell=False)
     raise typer.Exit(SimulatorError.exit_code if code else 0)
 
 

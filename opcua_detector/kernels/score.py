@@ -68,18 +68,19 @@ def _fuse(state, group, kind, windows, sums, stat, limit, out):
     best = -1.0
     out[1] = -1.0
     out[2] = -1.0
+    n_groups = stat.shape[0]
     for w in range(windows.shape[0]):
-        for g in range(stat.shape[0]):
-            acc = 0.0
-            count = 0.0
-            possible = 0.0
-            for c in range(n_channels):
-                if group[c] == g:
-                    acc += sums[c, w, 0, 0]
-                    count += sums[c, w, 0, 1]
-                    possible += windows[w]
+        total = np.zeros(n_groups)
+        count = np.zeros(n_groups)
+        possible = np.zeros(n_groups)
+        for c in range(n_channels):
+            total[group[c]] += sums[c, w, 0, 0]
+            count[group[c]] += sums[c, w, 0, 1]
+            possible[group[c]] += windows[w]
+        for g in range(n_groups):
             # Half of what the window can hold must be there; a tag masked for long leaves the others to judge.
-            stat[g, w] = max(acc, 0.0) / count if count * 2.0 >= possible and count > 0.0 else np.nan
+            enough = count[g] * 2.0 >= possible[g] and count[g] > 0.0
+            stat[g, w] = max(total[g], 0.0) / count[g] if enough else np.nan
             if state >= 0 and not math.isnan(stat[g, w]):
                 ratio = stat[g, w] / limit[state, g, w]
                 if ratio > best:
@@ -89,12 +90,12 @@ def _fuse(state, group, kind, windows, sums, stat, limit, out):
     out[0] = best if best >= 0.0 else np.nan
     for k in range(3):
         acc = 0.0
-        count = 0.0
+        known = 0.0
         for c in range(n_channels):
             if kind[c] == k:
                 acc += sums[c, 0, 1, 0]
-                count += sums[c, 0, 1, 1]
-        out[3 + k] = max(acc, 0.0) / count if count > 0.0 else np.nan
+                known += sums[c, 0, 1, 1]
+        out[3 + k] = max(acc, 0.0) / known if known > 0.0 else np.nan
 
 
 @njit(

@@ -110,7 +110,7 @@ def demo_monitor(process: str, seed: int, *, noise: float = 0.0, rows: int = 0) 
     plant = PlantRecords(process, seed, noise)
     healthy = plant.record(rows or HISTORY_ROWS[process])
     registry = registry_of(config)
-    model, report = fit_monitor(item.name, healthy, methods_of(item, registry), state_tag=item.state_tag,
+    model, report = fit_monitor(item.name, healthy, methods_of(item, registry, CONFIGS), state_tag=item.state_tag,
                                 windows_ns=item.windows, false_alarms_per_day=item.false_alarms_per_day)
     methods = tuple(registry.get(m.plugin).open(m, model.plan.columns) for m in model.methods)
     alert = AlertSettings(item.on_delay, item.off_delay, item.severity)
