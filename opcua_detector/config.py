@@ -62,7 +62,7 @@ DurationNs = Annotated[
 Bytes = Annotated[
     int, BeforeValidator(_size), WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?(kB|MB|GB)$"})
 ]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=64)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.\-]*$", max_length=64)]
 Methods = Annotated[
     tuple[dict[str, Any], ...],
     WithJsonSchema({"type": "array", "minItems": 1, "items": {"anyOf": [

@@ -29,7 +29,7 @@ from .api import (
 )
 from .calibration import method_of
 from .columns import ColumnPlan
-from .explain import rank, sentence
+from .explain import clarity, rank, sentence
 from .kernels.score import BOUND, CONF, SCORE, TRANS
 from .model import NormalityModel
 
@@ -215,18 +215,19 @@ class Monitor:
         found: list[tuple[float, Cause]] = []
         for i, method in enumerate(self.methods):
             weight = 1.0 if i == taken.lead else 0.3
-            found += [(weight, cause) for cause in method.explain(taken.values, taken.valid, taken.source_ns,
-                                                                  min(taken.window, len(taken.source_ns)))]
+            causes = method.explain(taken.values, taken.valid, taken.source_ns,
+                                    min(taken.window, len(taken.source_ns)))
+            found += [(weight * clarity(cause), cause) for cause in causes]
         order = np.argsort(-taken.contribution, kind="stable")
         top = [self.model.tags[i].name for i in order if taken.contribution[i] > 0]
         owner = {c.name: self.plan.owner(c.name) for c in self.plan.columns}
-        causes = rank(found, top, owner)
+        ranked = rank(found, top, owner)
         columns = {c.name: c for c in self.plan.columns}
         spans = {c.name: float(hi - lo) for c, (lo, hi) in zip(self.plan.columns, self.model.span, strict=True)}
         now = int(taken.source_ns[-1]) if len(taken.source_ns) else 0
-        text = sentence(causes[0], columns, spans) if causes else (
+        text = sentence(ranked[0], columns, spans) if ranked else (
             f"something is wrong with {top[0]}" if top else "no single cause stands out")
-        return Explanation(taken.event_no, now, text, causes)
+        return Explanation(taken.event_no, now, text, ranked)
 
     def cause_text(self, cause: Cause) -> str:
         """Return the sentence of one cause."""

@@ -94,6 +94,18 @@ def _numbers(cause: Cause, tag: Tag | None, span: float) -> tuple[str, str, str]
     return now, low, high
 
 
+def clarity(cause: Cause) -> float:
+    """Return how plainly an operator can see a cause, 1 to 5: a value well outside its normal range leads.
+
+    A bound that is left by half its width or more is told before a forecast that is missed by a little.
+    """
+    width = cause.normal_high - cause.normal_low
+    if cause.kind != "bound" or not width > 0 or not math.isfinite(cause.observed):
+        return 1.0
+    outside = max(cause.normal_low - cause.observed, cause.observed - cause.normal_high, 0.0) / width
+    return 1.0 + 8.0 * min(outside, 0.5)
+
+
 def rank(
     causes: Sequence[tuple[float, Cause]], top_tags: Sequence[str], owner: Mapping[str, str],
 ) -> tuple[Cause, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from .api import Channel, Float64, Int64, MethodModel, Plugin, Record, TagKind
+from .api import Channel, Float64, Int64, Method, MethodModel, Plugin, Record, TagKind
 from .calibration import MIN_HELD_OUT, Calibration, calibrate, held_out_residuals, unlike_the_rest
 from .columns import make_plan, usable_tags
 from .errors import ConfigError, RecordError
@@ -16,6 +16,7 @@ from .model import NormalityModel
 
 MIN_ROWS = 2000
 MAX_STATES = 32
+STRANGE_RESIDUAL = 5.0
 DEFAULT_WINDOWS = (100, 500)  # rows: the short one is quick, the long one sees what is weak
 
 
@@ -74,6 +75,7 @@ def fit_monitor(
     models: list[MethodModel] = []
     channels: list[Channel] = []
     groups: list[str] = []
+    strange: list[str] = []
     held_out: list[Float64] = []
     for label, (_, plugin, params) in zip(labels, methods, strict=True):
         progress(f"fitting {label}")
@@ -82,6 +84,8 @@ def fit_monitor(
         full = method.residuals(columns)
         progress(f"calibrating {label}")
         held_out.append(held_out_residuals(plugin, columns, params, full))
+        if not plugin.learns:
+            strange += _strangers(label, method, full)
         models.append(fitted)
         channels += list(method.channels)
         groups += [f"{label}/{plan.owner(channel.column)}" for channel in method.channels]
@@ -96,7 +100,8 @@ def fit_monitor(
              "false_alarms_per_day": false_alarms_per_day, "setup": dict(setup or {})}
     model = NormalityModel(name, tags, excluded, record.period_ns, state_tag, tuple(labels), tuple(models), calibration,
                            span, (), facts)
-    return model, _report(name, record, excluded, state, states, calibration, residual)
+    report = _report(name, record, excluded, state, states, calibration, residual)
+    return model, replace(report, notes=(*strange, *report.notes))
 
 
 def _check_record(record: Record) -> None:
@@ -129,6 +134,22 @@ def _states(record: Record, state_tag: str) -> tuple[Int64, tuple[int, ...]]:
     index = {value: i for i, value in enumerate(learnt)}
     state = np.array([index.get(int(v), -1) if good else -1 for v, good in zip(values, ok, strict=True)], np.int64)
     return state, learnt
+
+
+def _strangers(label: str, method: Method, residual: Float64) -> list[str]:
+    """Return notes on channels whose healthy residual is far above that of the method's own training.
+
+    A residual of a graph trained elsewhere is in units of its usual error there, so its median is about 1 or less.
+    """
+    notes = []
+    for c, channel in enumerate(method.channels):
+        known = residual[~np.isnan(residual[:, c]), c]
+        times = float(np.median(known)) if len(known) else 0.0
+        if channel.kind == "forecast" and times > STRANGE_RESIDUAL:
+            notes.append(f"{label}: on {channel.tag} it errs {times:.0f} times as much as where it was trained: "
+                         "another plant, another sampling, or shifted time stamps; train a model of this plant, or "
+                         "leave it out")
+    return notes
 
 
 def _windows(windows_ns: Sequence[int], period_ns: int) -> list[int]:

@@ -78,6 +78,14 @@ def test_each_library_has_its_room(library: str, homes: tuple[str, ...]) -> None
             assert part_of(path) in homes, f"{path} imports {library}, which belongs to {homes or 'no runtime part'}"
 
 
+@pytest.mark.parametrize("path", sources(ROOT / "plugins"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_plugin_uses_only_what_a_stranger_may_use(path: Path) -> None:
+    allowed = {"api", "errors", "kernels", "detectors", "csv_rows", "frames", "testing", "plugins"}
+    for name in imported(path):
+        if name.startswith("opcua_detector."):
+            assert name.split(".")[1] in allowed, f"{path} imports {name}"
+
+
 def test_simulator_and_product_share_no_code() -> None:
     for path in sources(RUNTIME) + sources(ROOT / "plugins"):
         assert not any(name.split(".")[0] == "sim_server" for name in imported(path)), path

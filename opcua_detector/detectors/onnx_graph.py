@@ -74,6 +74,7 @@ def load(content: bytes, where: str) -> tuple[ort.InferenceSession, GraphContrac
     ModelFileError
         Truncated, not ONNX, without metadata, or with other inputs and outputs than the metadata states.
     """
+    ort.disable_telemetry_events()  # nothing leaves the plant network
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
