@@ -1,12 +1,13 @@
 """Reads the historian: raw values of several tags, page by page, as rows by the rule of time.
 
-Source: OPC UA Part 11, 6.5.3 (ReadRawModified). A page ends with a continuation point; a server that fills
-the page and gives none is asked again from the last stamp.
+Source: OPC UA Part 11, 6.5.3 (ReadRawModified). A page ends with a continuation point. Where there is none,
+the server is asked again from the last stamp, and a tag is done only when that brings nothing new: servers
+take NumValuesPerNode for one response or for all its pages together, or end early by a limit of their own, so
+that the number of values tells nothing about the end.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from ..frames import iso_utc, rows_from_samples
 from . import wire
 from .nodes import NodeRef, resolve
 from .session import Session
+from .waiting import within
 
 Progress = Callable[[int, int], None]
 PAGE_VALUES = 40_000  # values in one response over all its nodes
@@ -36,19 +38,48 @@ _STEPS = {
 
 
 class _Cursor:
-    """Where the reading of one tag stands."""
+    """Where the reading of one tag stands.
+
+    start_ns : of the request by time, which its continuations repeat; reached_ns : newest stamp that was read
+    """
 
     def __init__(self, ref: NodeRef, start_ns: int) -> None:
         self.ref = ref
-        self.start_ns = start_ns
+        self.start_ns = self.reached_ns = start_ns
         self.point: bytes | None = None
         self.done = False
-        self.after_ns: int | None = None  # when asked again by time: what lies at or before this was read
         self.parts: list[wire.Samples] = []
-        self.reached_ns = start_ns
-        self.count = (
-            0  # values since the last request by time: NumValuesPerNode bounds them over all its pages
-        )
+        self.new = 0  # values since the request by time that were not known before
+        self.chain = 0  # the first of `parts` since the request by time
+        self.known = np.empty(0, np.int64)  # stamps that the request by time brings once more
+
+    def take(self, samples: wire.Samples) -> None:
+        """Keep what is new of a page."""
+        stamps = _stamps(samples)
+        if len(self.known):
+            fresh = ~np.isin(stamps, self.known)
+            samples, stamps = _where(samples, fresh), stamps[fresh]
+        if len(stamps):
+            self.parts.append(samples)
+            self.new += len(stamps)
+            self.reached_ns = max(self.reached_ns, int(stamps.max()))
+
+    def page_over(self, end_ns: int) -> None:
+        """Take the end of the continuation: done when it brought nothing, else ask again by time."""
+        if self.new == 0 or self.reached_ns >= end_ns:
+            self.done = True
+            return
+        chain = self.parts[self.chain :]
+        stamps = np.concatenate([_stamps(one) for one in chain])
+        server = np.concatenate([one.server_ns for one in chain])
+        # A server may keep its values by its own stamp: the earlier one of the two misses none.
+        newest = server.max()
+        start = self.reached_ns if newest == wire.NO_STAMP else min(self.reached_ns, int(newest))
+        self.start_ns = max(self.start_ns, start)
+        late = np.maximum(stamps, server) >= self.start_ns // 1000 * 1000  # asked for in whole microseconds
+        known = np.concatenate([self.known, stamps[late]])
+        self.known = known[known >= self.reached_ns - 2 * abs(self.reached_ns - self.start_ns) - 1000]
+        self.new, self.chain = 0, len(self.parts)
 
 
 async def read_history(
@@ -138,8 +169,10 @@ async def read_samples(
     try:
         for first in range(0, len(cursors), size):
             group = cursors[first : first + size]
+            # One page size to the end: it bounds all pages of a tag together, so a changed one would end it early.
+            page = max(1000, PAGE_VALUES // len(group))
             while open_ones := [one for one in group if not one.done]:
-                await _read_page(session, open_ones, end_ns)
+                await _read_page(session, open_ones, end_ns, page)
                 if progress is not None:
                     progress(min(end_ns if one.done else one.reached_ns for one in cursors))
     finally:
@@ -159,12 +192,12 @@ async def oldest_ns(session: Session, node: str) -> int | None:
     return int(stamps[0]) if len(stamps) else None
 
 
-async def _read_page(session: Session, cursors: Sequence[_Cursor], end_ns: int) -> None:
+async def _read_page(session: Session, cursors: Sequence[_Cursor], end_ns: int, page: int) -> None:
     fresh = [one for one in cursors if one.point is None]
     # One request has one time range: those that go on by time may differ in where they begin.
     begin = min((one.start_ns for one in fresh), default=0)
     group = [one for one in cursors if one.point is not None or one.start_ns == begin]
-    await _ask(session, group, end_ns, max(1000, PAGE_VALUES // len(group)))
+    await _ask(session, group, end_ns, page)
 
 
 async def _ask(session: Session, group: Sequence[_Cursor], end_ns: int, page: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 from asyncua import Client, ua
 
 from ..errors import ConnectionProblem, ServerUnreachable
+from .waiting import farewell, within
 
 
 class Observer:
@@ -22,11 +23,12 @@ class Observer:
     def __init__(self, endpoint: str, *, timeout_s: float = 4.0) -> None:
         self._client = Client(endpoint, timeout=timeout_s)
         self._endpoint = endpoint
+        self._timeout_s = timeout_s
         self._nodes: dict[str, Any] = {}
 
     async def __aenter__(self) -> Self:
         try:
-            await self._client.connect()
+            await within(self._client.connect(), 2 * self._timeout_s)
         except (OSError, TimeoutError, ua.UaError) as error:
             raise ServerUnreachable(
                 f"the second client cannot connect: {error}",
@@ -38,11 +40,7 @@ class Observer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            await self._client.disconnect()
-        except (OSError, TimeoutError, ua.UaError, ConnectionError):
-            if error is None:
-                return
+        await farewell(self._client.disconnect(), self._timeout_s)
 
     async def _node(self, text: str) -> Any:
         """Return the node of `nsu=<uri>;s=<identifier>`."""

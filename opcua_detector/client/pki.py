@@ -1,5 +1,9 @@
 """This client's own certificate: made once, kept, never changed behind the user's back.
 
+The pair in `<pki>/own` is all that this client ever writes for a connection, and a secure one needs it: so
+`check`, which writes nothing to the server, makes it too when there is none. A server's certificate is never
+stored.
+
 Why: a certificate that changes at each start must be trusted anew on every server.
 """
 

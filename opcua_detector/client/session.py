@@ -9,11 +9,11 @@ builds what it needs again in its `link_up`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from asyncua import Client, ua
@@ -24,11 +24,13 @@ from ..config import ServerConfig
 from ..errors import AccessRefused, ConnectionProblem, DetectorError, ServerUnreachable
 from . import pki, wire
 from .publish import PublishPump
+from .waiting import end_tasks, farewell, within
 
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 5.0
 PROBE_S = 5.0  # an idle session is asked for its state this often
+ENDING_S = 1.0  # at most, of the time-out, for tasks that are cancelled on closing
 DEFAULT_LIMIT = 500  # items per call where the server names no limit
 _T = TypeVar("_T")
 
@@ -56,6 +58,15 @@ _ACCESS = frozenset(
         "BadUserSignatureInvalid",
         "BadNoValidCertificates",
         "BadNonceInvalid",
+    }
+)
+_DEAD = frozenset(
+    {
+        "BadSessionIdInvalid",
+        "BadSessionClosed",
+        "BadSecureChannelClosed",
+        "BadSecureChannelIdInvalid",
+        "BadSessionNotActivated",
     }
 )
 _USER = frozenset({"BadUserAccessDenied", "BadIdentityTokenInvalid", "BadIdentityTokenRejected"})
@@ -119,6 +130,7 @@ class Session:
         self._parts: list[Part] = []
         self._task: asyncio.Task[None] | None = None
         self._probe_task: asyncio.Task[None] | None = None
+        self._life: object | None = None  # from open() to close(); a task of an earlier life ends by itself
         self._lost = asyncio.Event()
         self._attempt_failed = ""
         self._told = LinkState.CLOSED
@@ -159,31 +171,43 @@ class Session:
         Raises ServerUnreachable, AccessRefused or another ConnectionProblem; nothing is retried here, so that
         a wrong configuration is told at once.
         """
-        await self._connect()
-        self._task = asyncio.create_task(self._keep_alive(), name=f"session {self.config.name}")
+        self._life = life = object()
+        await self._connect(life)
+        self._task = asyncio.create_task(self._keep_alive(life), name=f"session {self.config.name}")
 
     async def close(self) -> None:
-        """End the session; waits no longer than the time-out."""
-        for task in (self._task, self._probe_task):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
-        self._task = self._probe_task = None
-        for part in self._parts:
-            part.link_down()
-        self._parts.clear()
-        self._stop_pump()
-        client, self._client = self._client, None
-        if client is not None:
-            if wire.is_open(client):
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(client.disconnect(), self.timeout_s)
-            wire.abandon(client)
-        self._set(LinkState.CLOSED, "")
+        """End the session; waits no longer than the time-out, whatever the server or a task does.
 
-    def fail(self, reason: str) -> None:
-        """Report that the connection is dead; it is rebuilt."""
+        Cancelling it cancels the waiting alone: the connection is dropped all the same.
+        """
+        self._life = None
+        client, self._client = self._client, None
+        task, probe = self._task, self._probe_task
+        self._task = self._probe_task = None
+        ending_s = min(ENDING_S, self.timeout_s / 2)
+        self._parts_down()
+        self._stop_pump()
+        try:
+            await end_tasks((task, probe), ending_s)
+            if client is not None and wire.is_open(client):
+                await farewell(client.disconnect(), self.timeout_s - ending_s)
+        finally:
+            self._parts_down()  # once more: a connection that was just being made may have built some
+            self._parts.clear()
+            self._stop_pump()
+            if client is not None:
+                wire.abandon(client)
+            if self._life is None:
+                self._set(LinkState.CLOSED, "")
+
+    def fail(self, reason: str, of: Client | None = None) -> None:
+        """Report that the connection is dead; it is rebuilt.
+
+        of : the connection it was seen on (None: the present one); a report on an earlier one is ignored, so
+            that what is left of it never ends the connection that took its place
+        """
+        if self._client is None or (of is not None and of is not self._client):
+            return
         if self.state in (LinkState.CONNECTED, LinkState.CONNECTING) and not self._lost.is_set():
             self.reason = reason
             self._lost.set()
@@ -193,12 +217,21 @@ class Session:
 
         what : str; what is being done, for the error text: "read the NamespaceArray"
         """
+        client = self._client
         try:
-            return await asyncio.wait_for(request, self.timeout_s)
+            answer = await within(request, self.timeout_s)
         except DetectorError:
             raise
         except Exception as error:
             raise self.problem(error, what) from error
+        if self._client is not client:  # NodeIds and the like of another connection are worth nothing
+            raise self._gone(what)
+        return answer
+
+    def _gone(self, what: str) -> ServerUnreachable:
+        return ServerUnreachable(
+            f"the connection was lost: {what}", where=self.where, next_step="wait for the connection"
+        )
 
     def problem(self, error: BaseException, what: str) -> ConnectionProblem:
         """Translate an error of the network or of asyncua; the text never holds the password."""
@@ -250,20 +283,27 @@ class Session:
         if not retrying and state is not self._told:
             self._told = state
             if self._on_state is not None:
-                self._on_state(state, reason)
+                try:
+                    self._on_state(state, reason)
+                except Exception:  # an error of who looks on must not end the reconnecting
+                    log.exception("%s: the change to %s could not be told", self.where, state.value)
 
-    async def _keep_alive(self) -> None:
+    async def _keep_alive(self, life: object) -> None:
         """Connect again whenever the connection is lost, with growing, jittered delays."""
-        while True:
+        while self._life is life:
             await self._lost.wait()
+            if self._life is not life:
+                return
             log.warning("%s: connection lost: %s", self.where, self.reason)
             self.counters["lost"] += 1
             self._drop(self.reason)
             delay = FIRST_DELAY_S
             while True:
                 await asyncio.sleep(delay * self._rng.uniform(0.5, 1.0))
+                if self._life is not life:
+                    return
                 try:
-                    await self._connect()
+                    await self._connect(life)
                     break
                 except DetectorError as error:
                     self._attempt(error.what)
@@ -290,17 +330,25 @@ class Session:
         self._stop_pump()
         if client is not None:
             wire.abandon(client)
-        for part in self._parts:
-            part.link_down()
+        self._parts_down()
         self._set(LinkState.WAITING, reason)
+
+    def _parts_down(self) -> None:
+        for part in tuple(self._parts):
+            try:
+                part.link_down()
+            except Exception:  # one part must not keep the others, or the next connection, from their turn
+                log.exception("%s: a part did not take the loss of the connection", self.where)
 
     def _stop_pump(self) -> None:
         pump, self.pump = self.pump, None
         if pump is not None:
             pump.stop()
 
-    async def _connect(self) -> None:
+    async def _connect(self, life: object) -> None:
         """Make one attempt: socket, hello, channel, session, namespaces, limits, then all parts."""
+        if self._life is not life:
+            raise self._gone("the session was closed")
         self._set(LinkState.CONNECTING, "")
         client = Client(self.config.endpoint, timeout=self.timeout_s)
         self._client = client
@@ -309,46 +357,44 @@ class Session:
             await self._log_in(client)
             self.namespaces = await self.call(client.get_namespace_array(), "read the NamespaceArray")
             self.limits = await self.call(_operation_limits(client), "read the OperationLimits")
-            self.pump = PublishPump(client, self.fail)
+            self.pump = PublishPump(client, partial(self.fail, of=client))
             for part in tuple(self._parts):
                 await part.link_up()
+            if self._client is not client:
+                raise self._gone("the session was closed")
         except BaseException as error:
-            self._client = None
-            self._stop_pump()
             wire.abandon(client)
-            for part in self._parts:
-                part.link_down()
-            self._set(LinkState.WAITING, str(error))
+            if self._client is client:
+                self._client = None
+                self._stop_pump()
+                self._parts_down()
+                self._set(LinkState.WAITING, str(error))
             raise
         self.counters["connects"] += 1
         self._set(LinkState.CONNECTED, "")
-        wire.on_closed(client, self._socket_lost)
+        wire.on_closed(client, partial(self._socket_lost, client))
         if not wire.is_open(client):
-            self.fail("the server closed the connection")
+            self.fail("the server closed the connection", client)
         self._probe_task = asyncio.create_task(self._probe(client), name=f"probe {self.config.name}")
 
-    def _socket_lost(self, error: Exception | None) -> None:
-        self.fail(f"the connection was closed ({error or 'by the server'})")
+    def _socket_lost(self, client: Client, error: Exception | None) -> None:
+        self.fail(f"the connection was closed ({error or 'by the server'})", client)
 
     async def _probe(self, client: Client) -> None:
         """Ask for the server's state now and then: it keeps the session and finds a dead connection."""
-        while True:
+        while self._client is client:
             await asyncio.sleep(PROBE_S)
-            try:
-                await asyncio.wait_for(client.nodes.server_state.read_value(), self.timeout_s)
-            except UaError as error:
-                if type(error).__name__ in (
-                    "BadSessionIdInvalid",
-                    "BadSessionClosed",
-                    "BadSecureChannelClosed",
-                    "BadSecureChannelIdInvalid",
-                    "BadSessionNotActivated",
-                ):
-                    self.fail(type(error).__name__)
-                    return
-            except (TimeoutError, OSError) as error:
-                self.fail(f"the server does not answer ({type(error).__name__})")
+            if self._client is not client:
                 return
+            try:
+                await within(client.nodes.server_state.read_value(), self.timeout_s)
+            except (TimeoutError, OSError) as error:
+                self.fail(f"the server does not answer ({type(error).__name__})", client)
+                return
+            except Exception as error:  # any other answer is an answer: the connection lives
+                if type(error).__name__ in _DEAD:
+                    self.fail(type(error).__name__, client)
+                    return
 
     async def _log_in(self, client: Client) -> None:
         config = self.config
@@ -400,12 +446,15 @@ class Session:
 
     async def _endpoints(self) -> list[Any]:
         asker = Client(self.config.endpoint, timeout=self.timeout_s)
-        return list(await self.call(asker.connect_and_get_server_endpoints(), "ask for the endpoints"))
+        try:
+            return list(await self.call(asker.connect_and_get_server_endpoints(), "ask for the endpoints"))
+        finally:
+            wire.abandon(asker)
 
     async def _stage(self, request: Awaitable[Any], what: str) -> None:
         """Await one step of the log-in; a server that hangs up in it refuses policy or certificate."""
         try:
-            await asyncio.wait_for(request, self.timeout_s)
+            await within(request, self.timeout_s)
         except DetectorError:
             raise
         except Exception as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from asyncua import ua
+from asyncua import Client, ua
 from numpy.typing import NDArray
 
 from ..errors import DetectorError, NodeProblem
@@ -111,6 +111,7 @@ class Subscription:
         self._id: int | None = None
         self._sequence = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._client: Client | None = None  # the tasks of any other connection end by themselves
         self._alive = False
 
     @property
@@ -120,17 +121,20 @@ class Subscription:
 
     async def link_up(self) -> None:
         """Create the subscription and its items."""
+        client = self.session.client
         await self._create()
         self._tasks = [
-            asyncio.create_task(self._watch(), name="silence"),
-            asyncio.create_task(self._retry(), name="items that fail"),
+            asyncio.create_task(self._watch(client), name="silence"),
+            asyncio.create_task(self._retry(client), name="items that fail"),
         ]
+        self._client = client
 
     def link_down(self) -> None:
         """Forget the subscription of the lost connection."""
         for task in self._tasks:
             task.cancel()
         self._tasks = []
+        self._client = None
         if self._id is not None and self.session.pump is not None:
             self.session.pump.forget(self._id)
         self._id = None
@@ -248,29 +252,31 @@ class Subscription:
             log.warning("%s: tag %s (%s) delivers again", self.session.where, item.name, item.node)
         item.reason = ""
 
-    async def _retry(self) -> None:
+    async def _retry(self, client: Client) -> None:
         """Try items that fail again, after 1 s, 2 s ... 30 s."""
         delay = _RETRY_FIRST_S
-        while True:
+        while self._client is client:
             await asyncio.sleep(delay)
+            if self._client is not client:
+                return
             failing = [item for item in self.items if item.reason]
-            if not failing or self.session.state is not LinkState.CONNECTED:
+            if not failing or self._id is None or self.session.state is not LinkState.CONNECTED:
                 delay = _RETRY_FIRST_S
                 continue
             try:
                 await self._create_items(failing)
             except DetectorError as error:
-                self.session.fail(error.what)
+                self.session.fail(error.what, client)
                 return
             delay = min(delay * 2, _RETRY_LAST_S)
 
-    async def _watch(self) -> None:
+    async def _watch(self, client: Client) -> None:
         """Report the connection dead when neither values nor keep-alives come."""
-        limit_s = self.revised.keep_alive_count * self.revised.publishing_ms / 1e3 + SILENCE_MARGIN_S
-        while True:
+        while self._client is client:
+            limit_s = self.revised.keep_alive_count * self.revised.publishing_ms / 1e3 + SILENCE_MARGIN_S
             silent_s = (self._clock_ns() - self.last_heard_ns) / 1e9
             if silent_s >= limit_s:
-                self.session.fail(f"no value and no keep-alive for {silent_s:.1f} s")
+                self.session.fail(f"no value and no keep-alive for {silent_s:.1f} s", client)
                 return
             await asyncio.sleep(max(0.05, limit_s - silent_s))
 
@@ -281,7 +287,7 @@ class Subscription:
             code = wire.status_name(status or 0)
             if code != "GoodSubscriptionTransferred" and not (status or 0) & 0x80000000:
                 return
-            self._tasks.append(asyncio.create_task(self._rebuild(code), name="rebuild"))
+            self._ended(code)
             return
         self.last_heard_ns = self._clock_ns()
         if answer.samples is None:
@@ -305,15 +311,23 @@ class Subscription:
         self.counters["overload"] += int(((samples.status & 0xFFFF0000) == GOOD_OVERLOAD).sum())
         self._on_samples(samples.handle.astype(np.int32), stamps, samples.value, samples.status)
 
-    async def _rebuild(self, code: str) -> None:
+    def _ended(self, code: str) -> None:
         """Make a new subscription on the same session when the server has ended this one."""
+        if self._id is None:
+            return  # told twice
         log.warning("%s: the server ended the subscription (%s); making a new one", self.session.where, code)
         self.counters["rebuilt"] += 1
-        if self._id is not None and self.session.pump is not None:
+        client = self.session.client
+        if self.session.pump is not None:
             self.session.pump.forget(self._id)
+        self._id = None
         self._alive = False
+        self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks.append(asyncio.create_task(self._rebuild(client), name="rebuild"))
         self._on_lost()
+
+    async def _rebuild(self, client: Client) -> None:
         try:
             await self._create()
         except DetectorError as error:
-            self.session.fail(error.what)
+            self.session.fail(error.what, client)

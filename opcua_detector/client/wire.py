@@ -121,11 +121,16 @@ async def start_session(client: Client) -> None:
 
 
 def abandon(client: Client) -> None:
-    """Drop the socket and the tasks of a client without waiting for the server."""
+    """Drop the socket and the tasks of a client without waiting for the server; it calls nobody back."""
     if client._renew_channel_task is not None:
         client._renew_channel_task.cancel()
         client._renew_channel_task = None
+    protocol = client.uaclient.protocol
     client.disconnect_socket()
+    if protocol is not None:
+        protocol.on_connection_lost = None
+        if protocol.transport is not None:  # closing alone would wait until a frozen peer takes what was sent
+            protocol.transport.abort()
 
 
 def check(body: Buffer) -> None:

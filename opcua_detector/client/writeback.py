@@ -18,14 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncua import ua
+from asyncua import Client, ua
 from asyncua.ua.uaerrors import UaError
 
 from ..errors import NodeProblem
 from ..nodes import NO_SCORE, SIGNALS
 from . import wire
 from .nodes import ACCEPTS, NodeRef, read_facts, resolve
-from .session import LinkState, Session
+from .session import ENDING_S, LinkState, Session
+from .waiting import end_tasks, within
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class WriteBack:
     ----------
     nodes : (monitor, signal) -> text of the node; nothing else is ever written
     on_ack : called with (monitor, source_ns of the row, utc ns of the server's acknowledgement) after each
-        fast write
+        fast write of a row; not for offers without a row (source_ns <= 0)
     clock_s, utc_ns : for delays, and for the acknowledgement
 
     Attributes
@@ -191,22 +192,22 @@ class WriteBack:
         """Write the last words of each monitor (State "stopped") and write nothing more; True when
         acknowledged.
 
-        Waits no longer than twice the time-out of the session.
+        Waits no longer than twice the time-out of the session, and a second for a look-up under way.
         """
         self._stopping = True
+        repair = self._repair_task
         self._cancel_timers()
         self._fast.clear()
         self._slow.clear()
+        await end_tasks((repair,), min(ENDING_S, self.session.timeout_s / 2))
         under_way = [one for one in self._out.values() if not one.done()]
         if under_way:
             await asyncio.wait(under_way, timeout=self.session.timeout_s)
         told = False
         items, _ = self._items({monitor: dict(values) for monitor, values in (final or {}).items()})
         if items and self._ready and self.session.state is LinkState.CONNECTED:
-            with contextlib.suppress(OSError, UaError, TimeoutError):
-                results = wire.write_results(
-                    await asyncio.wait_for(self._request(items), self.session.timeout_s)
-                )
+            with contextlib.suppress(Exception):  # whatever is answered now, stopping goes on
+                results = wire.write_results(await within(self._request(items), self.session.timeout_s))
                 told = not any(code & 0x80000000 for code in results)
         self._ready = False
         self.session.detach(self)
@@ -334,27 +335,33 @@ class WriteBack:
         items, outputs = self._items(values)
         if not items:
             return
+        client = self.session.client
         try:
             future = self._request(items)
         except (OSError, UaError) as error:
-            self.session.fail(f"write: {error}")
+            self.session.fail(f"write: {error}", client)
             return
         self._out[kind] = future
         loop = asyncio.get_running_loop()
-        self._timers[kind] = loop.call_later(self.session.timeout_s, self._timed_out, kind, future)
-        future.add_done_callback(lambda done: self._answered(kind, done, outputs, stamps))
+        self._timers[kind] = loop.call_later(self.session.timeout_s, self._timed_out, kind, future, client)
+        future.add_done_callback(lambda done: self._answered(kind, done, outputs, stamps, client))
 
-    def _timed_out(self, kind: str, future: asyncio.Future[Any]) -> None:
+    def _timed_out(self, kind: str, future: asyncio.Future[Any], client: Client) -> None:
         if self._out.get(kind) is future:
             self.counters["timeouts"] += 1
-            self.session.fail("a write was not answered")
+            self.session.fail("a write was not answered", client)
 
     def _answered(
-        self, kind: str, future: asyncio.Future[Any], outputs: Sequence[Output], stamps: Mapping[str, int]
+        self,
+        kind: str,
+        future: asyncio.Future[Any],
+        outputs: Sequence[Output],
+        stamps: Mapping[str, int],
+        client: Client,
     ) -> None:
         if future.cancelled() or (error := future.exception()) is not None:
             if self._out.get(kind) is future:
-                self.session.fail(f"write: {'cancelled' if future.cancelled() else error}")
+                self.session.fail(f"write: {'cancelled' if future.cancelled() else error}", client)
             return
         if self._out.get(kind) is not future:
             return  # of an earlier connection
@@ -371,7 +378,7 @@ class WriteBack:
             self.counters["failed_items"] += len(outputs)
             results = []
         except Exception as broken:
-            self.session.fail(f"the answer to a write cannot be decoded: {broken!r}")
+            self.session.fail(f"the answer to a write cannot be decoded: {broken!r}", client)
             return
         for output, code in zip(outputs, results, strict=False):
             if code & 0x80000000:
@@ -381,7 +388,8 @@ class WriteBack:
                 output.delay_s = _RETRY_FIRST_S
         if results and self._on_ack is not None:
             for monitor, source_ns in stamps.items():
-                self._on_ack(monitor, source_ns, acknowledged_ns)
+                if source_ns > 0:  # 0: an offer without a row, such as "no data", has no latency
+                    self._on_ack(monitor, source_ns, acknowledged_ns)
         self._send()
 
     def _beat(self) -> None:
@@ -394,11 +402,13 @@ class WriteBack:
             self._post("fast", {monitor: {"Heartbeat": self.heartbeat} for monitor in self.superseded}, {})
         due = [one for one in self.outputs.values() if one.reason and one.retry_at <= now]
         if due and (self._repair_task is None or self._repair_task.done()):
-            self._repair_task = asyncio.create_task(self._repair(due), name="outputs that fail")
+            self._repair_task = asyncio.create_task(
+                self._repair(due, self.session.client), name="outputs that fail"
+            )
         self._beat_timer = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
 
-    async def _repair(self, outputs: Sequence[Output]) -> None:
+    async def _repair(self, outputs: Sequence[Output], client: Client) -> None:
         try:
             await self._prepare(outputs)
         except Exception as error:
-            self.session.fail(f"outputs cannot be looked up: {error}")
+            self.session.fail(f"outputs cannot be looked up: {error}", client)
