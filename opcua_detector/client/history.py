@@ -25,6 +25,7 @@ from .waiting import within
 
 Progress = Callable[[int, int], None]
 PAGE_VALUES = 40_000  # values in one response over all its nodes
+_EMPTY_PAGES = 1000  # in a row: a server may give up a page for lack of time, but not for ever
 _PATIENCE = 10  # a page may take this many time-outs: historians read from disk
 _RECORD = "collect rows with 'opcua-detector record'"
 _STEPS = {
@@ -40,22 +41,28 @@ _STEPS = {
 class _Cursor:
     """Where the reading of one tag stands.
 
-    start_ns : of the request by time, which its continuations repeat; reached_ns : newest stamp that was read
+    start_ns : of the request by time, which its continuations repeat
+    reached_ns : newest stamp that was read
+    by_source : the server keeps its values by the stamp of the source; at first it may be by its own, where a
+        source clock that is ahead would skip values: then asking on begins at the earlier of the two
     """
 
     def __init__(self, ref: NodeRef, start_ns: int) -> None:
         self.ref = ref
         self.start_ns = self.reached_ns = start_ns
         self.point: bytes | None = None
-        self.done = False
+        self.done = self.by_source = False
+        self.empty_pages = 0
         self.parts: list[wire.Samples] = []
-        self.new = 0  # values since the request by time that were not known before
+        self.server_ns = wire.NO_STAMP  # newest stamp of the server
+        self.read = self.new = 0  # values since the request by time, and those that were not known before
         self.chain = 0  # the first of `parts` since the request by time
         self.known = np.empty(0, np.int64)  # stamps that the request by time brings once more
 
-    def take(self, samples: wire.Samples) -> None:
-        """Keep what is new of a page."""
+    def take(self, samples: wire.Samples) -> int:
+        """Keep what is new of a page; return how much it was."""
         stamps = _stamps(samples)
+        self.read += len(stamps)
         if len(self.known):
             fresh = ~np.isin(stamps, self.known)
             samples, stamps = _where(samples, fresh), stamps[fresh]
@@ -63,23 +70,29 @@ class _Cursor:
             self.parts.append(samples)
             self.new += len(stamps)
             self.reached_ns = max(self.reached_ns, int(stamps.max()))
+        return len(stamps)
 
-    def page_over(self, end_ns: int) -> None:
-        """Take the end of the continuation: done when it brought nothing, else ask again by time."""
-        if self.new == 0 or self.reached_ns >= end_ns:
-            self.done = True
-            return
-        chain = self.parts[self.chain :]
-        stamps = np.concatenate([_stamps(one) for one in chain])
-        server = np.concatenate([one.server_ns for one in chain])
-        # A server may keep its values by its own stamp: the earlier one of the two misses none.
-        newest = server.max()
-        start = self.reached_ns if newest == wire.NO_STAMP else min(self.reached_ns, int(newest))
-        self.start_ns = max(self.start_ns, start)
-        late = np.maximum(stamps, server) >= self.start_ns // 1000 * 1000  # asked for in whole microseconds
-        known = np.concatenate([self.known, stamps[late]])
-        self.known = known[known >= self.reached_ns - 2 * abs(self.reached_ns - self.start_ns) - 1000]
-        self.new, self.chain = 0, len(self.parts)
+    def ended(self, end_ns: int) -> None:
+        """Take the end of the continuation: done when it brought nothing new, else ask on by time."""
+        if self.new == 0 and self.start_ns < self.reached_ns:
+            self.start_ns, self.by_source = self.reached_ns, True
+        elif self.new == 0:
+            # Many known values and no new one: a source clock far behind the server's; go on by the latter.
+            self.done = self.read <= 1 or not self.start_ns < self.server_ns < end_ns
+            self.start_ns = max(self.start_ns, self.server_ns)
+        else:
+            chain = self.parts[self.chain :]
+            stamps = np.concatenate([_stamps(one) for one in chain])
+            server = np.concatenate([one.server_ns for one in chain])
+            start = self.reached_ns
+            self.server_ns = max(self.server_ns, int(server.max()))
+            if not self.by_source and self.server_ns != wire.NO_STAMP:
+                start = min(start, self.server_ns)
+            self.start_ns = max(self.start_ns, start)
+            again = np.maximum(stamps, server) >= self.start_ns // 1000 * 1000  # asked in whole microseconds
+            self.known = np.union1d(self.known, stamps[again])
+        self.done = self.done or self.start_ns >= end_ns
+        self.read, self.new, self.chain = 0, 0, len(self.parts)
 
 
 async def read_history(
@@ -97,7 +110,9 @@ async def read_history(
     """Return the rows of these tags in [start_ns, end_ns) from the server's history.
 
     progress : called with (rows done, rows expected) after each page
-    counts : filled with the counters of the rule of time when given
+    counts : filled with the counters of the rule of time when given, and with `expected`, the rows that the
+        range has room for, and `missing`, how many of them the history does not give (a range that ends now
+        misses the few that are not stored yet)
 
     Raises NodeProblem where a tag is not found or has no history, RecordError where there is nothing in the
     range.
@@ -145,6 +160,8 @@ async def read_history(
     found["lost"] += int((~known).sum())
     if counts is not None:
         counts.update(found)
+        counts["expected"] = int(rows)
+        counts["missing"] = max(0, int(rows) - len(record))
     if progress is not None:
         progress(int(rows), int(rows))
     return record
@@ -169,7 +186,6 @@ async def read_samples(
     try:
         for first in range(0, len(cursors), size):
             group = cursors[first : first + size]
-            # One page size to the end: it bounds all pages of a tag together, so a changed one would end it early.
             page = max(1000, PAGE_VALUES // len(group))
             while open_ones := [one for one in group if not one.done]:
                 await _read_page(session, open_ones, end_ns, page)
@@ -193,18 +209,19 @@ async def oldest_ns(session: Session, node: str) -> int | None:
 
 
 async def _read_page(session: Session, cursors: Sequence[_Cursor], end_ns: int, page: int) -> None:
-    fresh = [one for one in cursors if one.point is None]
-    # One request has one time range: those that go on by time may differ in where they begin.
-    begin = min((one.start_ns for one in fresh), default=0)
-    group = [one for one in cursors if one.point is not None or one.start_ns == begin]
-    await _ask(session, group, end_ns, page)
+    """Read one page of those that are farthest behind.
+
+    One request has one time range, and a continuation must repeat the request that it continues.
+    """
+    begin = min(cursors, key=lambda one: one.reached_ns).start_ns
+    await _ask(session, [one for one in cursors if one.start_ns == begin], end_ns, page)
 
 
 async def _ask(session: Session, group: Sequence[_Cursor], end_ns: int, page: int) -> None:
-    """Read one page of each cursor in one request."""
+    """Read one page of each cursor in one request; all have one start."""
     details = ua.ReadRawModifiedDetails()
     details.IsReadModified = False
-    details.StartTime = wire.to_datetime(min(one.start_ns for one in group))
+    details.StartTime = wire.to_datetime(group[0].start_ns)
     details.EndTime = wire.to_datetime(end_ns)
     details.NumValuesPerNode = page
     details.ReturnBounds = False
@@ -220,42 +237,42 @@ async def _ask(session: Session, group: Sequence[_Cursor], end_ns: int, page: in
         parameters.NodesToRead.append(item)
     timeout_s = session.timeout_s * _PATIENCE
     try:
-        body = await asyncio.wait_for(wire.send(session.client, request, timeout_s), timeout_s)
+        body = await within(wire.send(session.client, request, timeout_s), timeout_s)
         pages = wire.decode_history(body)
     except Exception as error:
         problem = session.problem(error, "read the history")
         step = _STEPS.get(type(error).__name__)
         raise (NodeProblem(problem.what, where=session.where, next_step=step) if step else problem) from error
     for one, got in zip(group, pages, strict=True):
-        _accept(one, got, page, end_ns)
+        _accept(one, got, end_ns)
 
 
-def _accept(cursor: _Cursor, got: wire.HistoryPage, page: int, end_ns: int) -> None:
+def _accept(cursor: _Cursor, got: wire.HistoryPage, end_ns: int) -> None:
+    continued, cursor.point = cursor.point is not None, None
     if got.status & 0x80000000:
-        cursor.point = None
         name = wire.status_name(got.status)
-        if name == "BadNoData":
-            cursor.done = True
-            return
-        raise NodeProblem(
-            f"its history cannot be read ({name})",
-            where=cursor.ref.text,
-            next_step=_STEPS.get(name, "see the server's log"),
-        )
-    samples, count = got.samples, len(got.samples.source_ns)
-    stamps = np.where(samples.source_ns == wire.NO_STAMP, samples.server_ns, samples.source_ns)
-    if cursor.after_ns is not None and cursor.point is None:
-        samples = _where(samples, stamps > cursor.after_ns)
-    if count:
-        cursor.parts.append(samples)
-        cursor.reached_ns = max(cursor.reached_ns, int(stamps.max()))
+        forgotten = name == "BadContinuationPointInvalid" and continued and cursor.new > 0
+        if not forgotten and name != "BadNoData":
+            raise NodeProblem(
+                f"its history cannot be read ({name})",
+                where=cursor.ref.text,
+                next_step=_STEPS.get(name, "see the server's log"),
+            )
+        cursor.ended(end_ns)
+        return
+    new = cursor.take(got.samples)
+    if got.continuation is None:
+        cursor.empty_pages = 0
+        cursor.ended(end_ns)
+        return
     cursor.point = got.continuation
-    cursor.count += count
-    if cursor.point is None:
-        full, cursor.count = cursor.count >= page, 0
-        cursor.done = not full or cursor.reached_ns >= end_ns or cursor.reached_ns == cursor.after_ns
-        cursor.start_ns = cursor.reached_ns
-        cursor.after_ns = cursor.reached_ns
+    cursor.empty_pages = 0 if new else cursor.empty_pages + 1
+    if cursor.empty_pages > _EMPTY_PAGES:
+        raise NodeProblem(
+            f"its history does not end: {cursor.empty_pages} pages in a row without a new value",
+            where=cursor.ref.text,
+            next_step="see the server's log",
+        )
 
 
 async def _release(session: Session, cursors: Sequence[_Cursor]) -> None:
@@ -273,7 +290,12 @@ async def _release(session: Session, cursors: Sequence[_Cursor]) -> None:
         request.Parameters.NodesToRead.append(item)
         one.point = None
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(wire.send(session.client, request, session.timeout_s), session.timeout_s)
+        await within(wire.send(session.client, request, session.timeout_s), session.timeout_s)
+
+
+def _stamps(samples: wire.Samples) -> Any:
+    """Return the stamps of the source; where there is none, those of the server."""
+    return np.where(samples.source_ns == wire.NO_STAMP, samples.server_ns, samples.source_ns)
 
 
 def _where(samples: wire.Samples, keep: Any) -> wire.Samples:

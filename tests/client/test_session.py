@@ -85,6 +85,11 @@ async def test_the_own_certificate_is_made_once_and_kept(plant: RunningPlant, pk
         contents.append((pki / "own" / "opcua-detector.der").read_bytes())
     assert contents[0] == contents[1]
     assert (pki / "own" / "opcua-detector.key.pem").stat().st_mode & 0o077 == 0
+    # and nothing else is written, above all no certificate of the server
+    assert sorted(str(file.relative_to(pki)) for file in pki.rglob("*") if file.is_file()) == [
+        "own/opcua-detector.der",
+        "own/opcua-detector.key.pem",
+    ]
 
 
 async def test_another_server_certificate_than_the_pinned_one_is_refused(

@@ -145,6 +145,18 @@ async def test_the_newest_result_wins_and_superseded_ones_are_counted(
     await back.stop()
 
 
+async def test_an_offer_without_a_row_is_written_but_not_acknowledged(session: Session, other: Client) -> None:
+    acks = Acks()
+    back = WriteBack(session, all_nodes("Score", "StateText"), on_ack=acks)
+    await session.attach(back)
+    back.offer("m", 0, {"StateText": "no data"})
+    back.offer("m", T0 + 9, {"Score": 21.0})  # waits for the first: its acknowledgement is the later one
+    await acks.of(T0 + 9)
+    assert [one[1] for one in acks.got] == [T0 + 9]
+    assert (await read(other, "StateText")).Value.Value == "no data"
+    await back.stop()
+
+
 async def test_the_heartbeat_counts_on_without_rows(session: Session, other: Client) -> None:
     back = WriteBack(session, all_nodes("Heartbeat"))
     await session.attach(back)
