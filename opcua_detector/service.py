@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,17 @@ log = logging.getLogger(__name__)
 EXPLAIN_AGAIN_NS = 1_000_000_000  # while an alert stands its explanation follows the situation this often
 SLOW_EVERY_NS = 1_000_000_000
 TIMINGS = 1 << 16
+EXPLAIN_PATIENCE_S = 2.0
 NOTHING_VALID = "Bad: no tag has a valid value"
+
+
+# An alert that nobody watches any more must not stand for ever; State and Score say that this is no all-clear.
+LAST_WORDS: Mapping[str, Any] = {
+    "State": State.STOPPED, "StateText": STATE_TEXTS[State.STOPPED], "Score": math.nan,
+    "Quality": "Bad: the detector was stopped", "IsAnomaly": False, "Severity": 0, "ExplanationText": "",
+    **{f"Top{rank}{what}": empty for rank in range(1, TOP + 1)
+       for what, empty in (("Tag", ""), ("Contribution", 0.0), ("Cause", ""))},
+}
 
 
 class MonitorRun:
@@ -247,27 +258,28 @@ class Service:
 
     async def stop(self, reason: str = "stopped") -> None:
         """Stop rows, say so in the nodes, close connections, commit the store; each step even if one fails."""
-        for feed in self.feeds.values():
-            await feed.stop()
-        if self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-        # An alert that nobody watches any more must not stand for ever; State and Score say that this is no all-clear.
-        final = {"State": State.STOPPED, "StateText": STATE_TEXTS[State.STOPPED], "Score": math.nan,
-                 "Quality": "Bad: the detector was stopped", "IsAnomaly": False, "Severity": 0, "ExplanationText": "",
-                 **{f"Top{rank}{what}": empty for rank in range(1, TOP + 1)
-                    for what, empty in (("Tag", ""), ("Contribution", 0.0), ("Cause", ""))}}
-        for back in self._backs.values():
-            await back.stop({name: final for name, run in self.runs.items() if run.back is back})
-        for session in self.sessions.values():
-            await session.close()
-        if self.store is not None:
-            store, self.store = self.store, None
-            try:
-                if store.run_id:
-                    store.record_audit(AuditEntry("service", "run ended", {"reason": reason}), timeout_s=None)
-                    store.end_run(reason, timeout_s=5.0)
-            finally:
-                store.close()
+        async with AsyncExitStack() as last_first:  # runs every step, then raises what the first failing one raised
+            last_first.callback(self._close_store, reason)
+            for session in self.sessions.values():
+                last_first.push_async_callback(session.close)
+            for back in self._backs.values():
+                names = [name for name, run in self.runs.items() if run.back is back]
+                last_first.push_async_callback(back.stop, {name: LAST_WORDS for name in names})
+            if self._tasks:
+                last_first.push_async_callback(asyncio.wait, set(self._tasks), timeout=EXPLAIN_PATIENCE_S)
+            for feed in self.feeds.values():
+                last_first.push_async_callback(feed.stop)
+
+    def _close_store(self, reason: str) -> None:
+        if self.store is None:
+            return
+        store, self.store = self.store, None
+        try:
+            if store.run_id:
+                store.record_audit(AuditEntry("service", "run ended", {"reason": reason}), timeout_s=None)
+                store.end_run(reason, timeout_s=5.0)
+        finally:
+            store.close()
 
     # --- the loop --------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ from .emit import config_text, is_result, period_of, proposals
 from .live import run_view, tree_lines
 from .terminal import EXIT_FOUND, AsJson, ConfigFile, MonitorName, err, fail, log_lines, out, print_json, progress_bar
 
+MISSING_SHARE = 0.01  # of the rows of a history: below it the edges of the range explain it
 _T = TypeVar("_T")
 FEW_NODES = 50  # of so few variables a longer time is looked at, to tell their kinds apart
 
@@ -86,9 +87,15 @@ async def _history(config: Config, config_file: Path, group: GroupConfig, span_n
             raise RecordError("the server has no history of this tag", where=f"{session.where}, {tags[0].node}",
                               next_step="record with `opcua-detector record`, then fit with --recording")
         now = time.time_ns()
+        counts: dict[str, int] = {}
         with progress_bar(f"history of {group.name}") as update:
-            return await read_history(session, tags, max(first, now - span_ns), now, group.period,
-                                      lateness_ns=group.lateness_ns, max_hold=group.max_hold, progress=update)
+            rows = await read_history(session, tags, max(first, now - span_ns), now, group.period,
+                                      lateness_ns=group.lateness_ns, max_hold=group.max_hold, progress=update,
+                                      counts=counts)
+        if counts["missing"] > MISSING_SHARE * max(1, counts["expected"]):
+            err.print(f"note: history of {group.name}: {counts['missing']} of {counts['expected']} rows are missing "
+                      f"({int(rows.gap.sum()) - 1} gaps longer than max_hold)", style="yellow", markup=False)
+        return rows
     finally:
         await session.close()
 

@@ -176,7 +176,7 @@ class WriteBack:
         """
         if self._stopping:
             return
-        if monitor in self._fast:
+        if monitor in self._fast and self._fast[monitor][0] != source_ns:  # the same row with more words is no loss
             self.counters["superseded"] += 1
             self.superseded[monitor] = self.superseded.get(monitor, 0) + 1
         self._fast[monitor] = (source_ns, dict(fast))
