@@ -224,6 +224,7 @@ class Verdict:
     """What a monitor says of one row; reused, so whoever keeps it copies it.
 
     score : float; 1.0 = the limit; NaN while there is no verdict
+    slow_score : float; the second lamp, over a long window: what is weak but lasts; NaN where there is none
     alert : bool; after delays
     status : int; OPC UA StatusCode: Good, Uncertain (some tags masked), Bad (warming up, gap, state not learnt)
     source_ns : int; SourceTimestamp of the newest row used
@@ -239,6 +240,7 @@ class Verdict:
     residual: Float64
     contribution: Float64
     score: float = float("nan")
+    slow_score: float = float("nan")
     alert: bool = False
     severity: int = 0
     event_no: int = 0

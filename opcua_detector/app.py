@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .api import Plugin, Record, Tag
 from .config import Config, GroupConfig, MonitorConfig
@@ -15,6 +15,8 @@ from .errors import ConfigError, ModelTagsError, PluginError
 from .fitting import FitReport, fit_monitor
 from .model import NormalityModel
 from .model import load as load_model
+from .parts import Cycle, PartMonitor, is_part_model
+from .parts_fit import fit_parts
 from .registry import Registry
 from .store import AuditEntry, Store
 
@@ -25,10 +27,11 @@ def group_tags(group: GroupConfig) -> tuple[Tag, ...]:
 
 
 def monitor_tags(monitor: MonitorConfig, group: GroupConfig) -> tuple[Tag, ...]:
-    """Return the tags a monitor looks at: those it names (or all), and its state tag."""
+    """Return the tags a monitor looks at: those it names (or all), its state tag and the trigger of its parts."""
     wanted = monitor.tags if monitor.tags is not None else tuple(t.name for t in group.tags)
-    if monitor.state_tag and monitor.state_tag not in wanted:
-        wanted = (*wanted, monitor.state_tag)
+    for extra in (monitor.state_tag, monitor.cycle.tag if monitor.cycle else ""):
+        if extra and extra not in wanted:
+            wanted = (*wanted, extra)
     known = {tag.name: tag for tag in group_tags(group)}
     return tuple(known[name] for name in wanted)
 
@@ -43,8 +46,13 @@ def registry_of(config: Config) -> Registry:
     return Registry(config.plugins)
 
 
+AUTOMATIC = "auto"  # in a list of methods: regression and checks, and transition where the plant is nonlinear
+_AUTOMATIC_METHODS = ("regression", "transition", "checks")
+_ONLY_NONLINEAR = ("transition",)
+
+
 def methods_of(monitor: MonitorConfig, registry: Registry, config_file: Path) -> list[tuple[str, Plugin, Any]]:
-    """Return (name, plugin, parameters) of each method of a monitor.
+    """Return (name, plugin, parameters) of each method of a monitor, `auto` taken apart.
 
     Raises
     ------
@@ -55,7 +63,7 @@ def methods_of(monitor: MonitorConfig, registry: Registry, config_file: Path) ->
     """
     found = []
     where = f"monitors.{monitor.name}.methods"
-    for item in monitor.methods:
+    for item in _taken_apart(monitor.methods):
         given = {key: value for key, value in item.items() if key != "name"}
         try:
             found.append((item["name"], registry.get(item["name"]), registry.params(item["name"], given)))
@@ -67,16 +75,40 @@ def methods_of(monitor: MonitorConfig, registry: Registry, config_file: Path) ->
     return found
 
 
+def _taken_apart(methods: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = []
+    for item in methods:
+        found += [{"name": name} for name in _AUTOMATIC_METHODS] if item["name"] == AUTOMATIC else [item]
+    return found
+
+
+def only_nonlinear(monitor: MonitorConfig) -> tuple[str, ...]:
+    """Return the methods of a monitor that are left out where the plant is linear."""
+    return _ONLY_NONLINEAR if any(item["name"] == AUTOMATIC for item in monitor.methods) else ()
+
+
 def setup_of(monitor: MonitorConfig, group: GroupConfig) -> dict[str, Any]:
     """Return what of a monitor's config decides its model, JSON-able, without paths of this machine."""
     def portable(key: str, value: Any) -> Any:
         return Path(value).name if key == "model" and not str(value).startswith("bundled:") else value
 
-    return {
+    setup: dict[str, Any] = {
         "tags": [tag.name for tag in monitor_tags(monitor, group)], "state_tag": monitor.state_tag,
         "methods": [{key: portable(key, value) for key, value in item.items()} for item in monitor.methods],
         "windows_ns": list(monitor.windows), "false_alarms_per_day": monitor.false_alarms_per_day,
     }
+    cycle = cycle_of(monitor)
+    if cycle is not None:
+        for key in ("methods", "windows_ns", "state_tag"):
+            del setup[key]
+        setup["cycle"] = asdict(cycle)
+    return setup
+
+
+def cycle_of(monitor: MonitorConfig) -> Cycle | None:
+    """Return what cuts the stream of a monitor into parts, None where it judges row by row."""
+    item = monitor.cycle
+    return None if item is None else Cycle(item.tag, item.on, item.until, item.shortest or 0, item.longest or 0)
 
 
 def changed_since_fit(monitor: MonitorConfig, group: GroupConfig, model: NormalityModel) -> list[str]:
@@ -120,9 +152,16 @@ def fit_config(
         record = records[group.name].select([tag.name for tag in tags])
         record = replace(record, tags=tags)
         progress(f"monitor {monitor.name}: {len(record)} rows of {len(tags)} tags")
-        model, report = fit_monitor(
-            monitor.name, record, methods, state_tag=monitor.state_tag, windows_ns=monitor.windows,
-            false_alarms_per_day=monitor.false_alarms_per_day, setup=setup_of(monitor, group), progress=progress)
+        cycle, setup = cycle_of(monitor), setup_of(monitor, group)
+        if cycle is not None:
+            model, report = fit_parts(
+                monitor.name, record, cycle, false_alarms_per_day=monitor.false_alarms_per_day, setup=setup,
+                progress=progress)
+        else:
+            model, report = fit_monitor(
+                monitor.name, record, methods, state_tag=monitor.state_tag, windows_ns=monitor.windows,
+                false_alarms_per_day=monitor.false_alarms_per_day, only_nonlinear=only_nonlinear(monitor), setup=setup,
+                progress=progress)
         done.append(Fitted(monitor, model, report, model_path(config_file, monitor)))
     return done
 
@@ -145,21 +184,27 @@ def open_monitor(
     Raises
     ------
     ModelTagsError
-        The model was fitted for another monitor, other tags, another state tag or period.
+        The model was fitted for another monitor, other tags, another state tag, another cycle or period.
     """
     if model.monitor != monitor.name:
         raise ModelTagsError(f"the model was fitted for monitor {model.monitor}", where=f"monitor {monitor.name}",
                              next_step="give this monitor its own model file, or fit it again")
+    if is_part_model(model) != (monitor.cycle is not None):
+        fitted, now = ("parts", "rows") if is_part_model(model) else ("rows", "parts")
+        raise ModelTagsError(f"the model judges {fitted}, the config asks for {now}", where=f"monitor {monitor.name}",
+                             next_step="fit the monitor again, or correct the key 'cycle'")
     model.require(monitor_tags(monitor, group), group.period)
     tags = group_tags(group)
     for key in changed_since_fit(monitor, group, model):
-        if key in ("tags", "state_tag"):
+        if key in ("tags", "state_tag", "cycle"):
             fitted, now = model.facts["setup"][key], setup_of(monitor, group)[key]
             raise ModelTagsError(f"the model was fitted with {key} {fitted}, the config says {now}",
                                  where=f"monitor {monitor.name}", next_step="fit the monitor again")
+    alert = AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity)
+    if is_part_model(model):
+        return cast(Monitor, PartMonitor(monitor.name, model, tags, alert))  # the same attributes and methods
     columns = model.plan.columns
     methods = [registry.get(m.plugin).open(m, columns) for m in model.methods]
-    alert = AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity)
     return Monitor(monitor.name, model, methods, tags, alert)
 
 

@@ -1,40 +1,63 @@
-"""Healthy-only calibration: residual -> surprise -> window mean -> score, where 1.0 is the limit.
+"""Healthy-only calibration: residual -> energy -> window means -> views -> score, where 1.0 is the limit.
 
-Everything is indexed [state, channel, window]. Residuals are held out (five contiguous folds: fit on four, look
-at the fifth; `detector.md` 3.1), so the limit is not set on rows that the model has learnt by heart.
+Residuals are held out (five contiguous folds: fit on four, look at the fifth; `detector.md` 3.1), so the limit is not
+set on rows that the model has learnt by heart.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 
 from .api import Channel, Float64, Int64, Plugin, Record, UInt8
 from .errors import RecordError
-from .kernels.score import SCORE, forget, mean_surprise, score_rows, score_step
+from .kernels.score import (
+    BESIDE,
+    FIXED,
+    HEADER,
+    LAMP,
+    LEADING,
+    LEAST,
+    OUT,
+    PLAIN,
+    SCORE,
+    SQUARE,
+    SURPRISE,
+    forget,
+    score_rows,
+    score_step,
+    soft,
+)
+from .kernels.score import transform as transform_row
+from .limits import MIN_CLUSTERS, tail_limit
+from .views import ERROR_KINDS, FIXED_KINDS, PREDICTED, Part, View, choose_windows, compose, is_nonlinear
 
 FOLDS = 5
 GRID = 512  # entries of the held-out distribution kept per state and channel
 KNEE_SHARE = 0.99  # above this quantile the tail takes over
 MIN_SLOPE = 0.12  # smallest mean log excess: keeps a thin tail from shouting
-CLUSTER_QUANTILE = 0.9  # windows above it form clusters; the highest cluster peaks set the limit
-MIN_CLUSTERS, MAX_PEAKS = 10, 25
-MIN_HELD_OUT = 1000
-SUSPICIOUS_FACTOR = 3.0  # times the spread of the held-out windows: stretches unlike the rest
-MAX_TRIMMED = 0.1  # share of windows that may be set apart as such
-# A method that learns from this record alone is surprised by any healthy movement that the record happens not to
-# hold, for as long as the movement lasts, and no record tells how often that will be. Where a method trained elsewhere
-# stands beside it, its limit stays above such a stretch (simulated Lorenz plants: rare passes of 2 to 4 s with 2 to 5
-# nats); alone it must do without, or it would find nothing.
-NOVELTY_NATS, NOVELTY_ROWS = 5.0, 300
-LIMIT_CAP = 7.0  # nats of mean surprise, of 12 possible: above it everything is as abnormal as can be told
-STAT_FLOOR = 0.25  # nats: a limit is never below this mean surprise
+MIN_HELD_OUT = 150  # judged rows of a channel
+MIN_SPREAD = 0.05  # of the logarithm of a mean: keeps a flat one from shouting
+REPORT_WINDOW = 100  # rows over which residuals are told
+LEAST_SCALE = 1e-9
 KINDS = {"trans": 0, "bound": 1, "conf": 2}
 DAY_S = 86400.0
+UNSUPPORTED = 1e6  # healthy spreads; limit of a view that the record cannot support
+LEADING_SHARE = 0.5  # of the alarm budget; the views beside share the rest
+# A method that learns from this record alone is surprised by any healthy movement that the record happens not to
+# hold, for as long as the movement lasts, and no record tells how often that will be. Beside a predictor, or a method
+# trained elsewhere, its limit stays above such a stretch (simulated Lorenz plants: rare passes of 2 to 4 s with 2 to 5
+# nats); alone it must do without, or it would find nothing.
+NOVELTY_NATS, NOVELTY_ROWS = 5.0, 300
+MOST_NATS = 12.0  # of mean surprise, of 30 possible: above it everything is as abnormal as can be told
+
+_ROLES: Final = {"leading": LEADING, "beside": BESIDE, "fixed": FIXED, "lamp": LAMP}
 
 
 @dataclass(frozen=True)
@@ -42,24 +65,23 @@ class Calibration:
     """What turns residuals into a score.
 
     channels : all channels of the monitor, in the order of the residual vector
-    groups : names of the fusion groups, "<method>/<tag>"; score = max over them: a fault of one tag among many
-        must not be averaged away
-    group, kind : int64[n_channels]
+    views : see `opcua_detector.views`; score = the largest of them over its limit
+    transform, slot : int64[n_channels]; how a residual becomes energy, and its distribution where it is a surprise
     windows : int64[n_windows] rows
     states : learnt operating states; (0,) where no state tag is used
-    grid : float64[n_states, n_channels, k]; level : float64[n_states, n_channels, k + 1]
-    used : int64[n_states, n_channels]; entries of `grid` in use
-    tail : float64[n_states, n_channels, 2]; knee and slope
-    scale : float64[n_states, n_channels]; held-out root mean square, for contributions
-    usual : float64[n_states, n_channels]; held-out mean surprise, for contributions
-    limit : float64[n_states, n_groups, n_windows]; mean surprise that counts as 1.0
+    grid : float64[n_states, n_slots, k]; level : float64[n_states, n_slots, k + 1]
+    used : int64[n_states, n_slots]; entries of `grid` in use
+    tail : float64[n_states, n_slots, 2]; knee and slope
+    scale : float64[n_states, n_channels]; held-out root mean square
+    usual : float64[n_states, n_channels]; held-out mean energy
+    weight : float64[n_states, n_terms]; offset : float64[n_states, n_views]; limit : float64[n_states, n_views]
     notes : what the record cannot support
     """
 
     channels: tuple[Channel, ...]
-    groups: tuple[str, ...]
-    group: Int64
-    kind: Int64
+    views: tuple[View, ...]
+    transform: Int64
+    slot: Int64
     windows: Int64
     states: tuple[int, ...]
     grid: Float64
@@ -68,86 +90,124 @@ class Calibration:
     tail: Float64
     scale: Float64
     usual: Float64
+    weight: Float64
+    offset: Float64
     limit: Float64
     notes: tuple[str, ...] = field(default=())
+
+    def in_logs(self, view: View) -> bool:
+        """Whether a view adds logarithms of its terms: those of squares, a surprise is a logarithm already."""
+        return bool((self.transform[[c for group in view.groups for c in group]] == SQUARE).any())
 
     def scorer(self) -> Scorer:
         """Return the streaming form."""
         return Scorer(self)
 
-    def score_rows(self, residual: Float64, gap: UInt8, state: Int64) -> tuple[Float64, Float64]:
-        """Return (stats float64[n, n_groups, n_windows], outs float64[n, 6]) for a record of residuals."""
-        return self.scorer().rows(residual, gap, state)
+    def score_rows(self, residual: Float64, gap: UInt8, state: Int64) -> Float64:
+        """Return outs float64[n, 6] (layout: `kernels.score`) for a record of residuals."""
+        return self.scorer().rows(residual, gap, state)[0]
 
 
 class Scorer:
     """Streaming form of a `Calibration`; `out` is laid out as in `kernels.score`."""
 
     def __init__(self, calibration: Calibration) -> None:
-        n_channels, n_windows = len(calibration.channels), len(calibration.windows)
-        length = int(calibration.windows.max())
-        self.calibration = calibration
-        self.ring = np.full((2, n_channels, length), np.nan)
-        self.sums = np.zeros((n_channels, n_windows, 2, 3))
-        self.stat = np.full((len(calibration.groups), n_windows), np.nan)
-        self.cursor = np.zeros(2, np.int64)
-        self.out = np.full(6, np.nan)
         c = calibration
-        methods = [method_of(name) for name in c.groups]
-        self._method_of_group = np.array([methods.index(name) for name in methods], np.int64)
-        self._method = self._method_of_group[c.group]
-        self._table = (c.grid, c.level, c.used, c.tail, c.group, c.kind, c.windows)
+        self.calibration = c
+        n, n_windows, n_views = len(c.channels), len(c.windows), len(c.views)
+        terms = [term for view in c.views for term in view.terms]
+        length = int(c.windows.max())
+        self._report = min(REPORT_WINDOW, length)
+        last = np.cumsum([len(group) for group, _ in terms])
+        first = last - [len(group) for group, _ in terms]
+        view_first = np.cumsum([0, *(len(view.terms) for view in c.views)])
+        head = [n, n_windows, len(terms), n_views, c.used.shape[1], c.grid.shape[2], length, self._report]
+        assert len(head) == HEADER
+        self._ints = np.concatenate([
+            head, c.transform, c.slot, [KINDS.get(channel.kind, 9) for channel in c.channels], c.windows, first, last,
+            [w for _, w in terms], view_first, [_ROLES[view.role] for view in c.views],
+            [int(c.in_logs(view)) for view in c.views],
+            np.array([m for group, _ in terms for m in group])]).astype(np.int64)
+        self._tables = self._pack_tables()
+        self._ring = np.empty(length * n)
+        self._raw = np.empty(self._report * n)
+        wc = n_windows * n
+        self._memory = np.zeros(3 * wc + 5 * n + len(terms) + n_views)
+        self._sums = self._memory[:wc].reshape(n_windows, n)
+        self._counts = self._memory[wc:2 * wc].reshape(n_windows, n)
+        self._raw_sum, self._raw_count = self._memory[3 * wc:3 * wc + 2 * n].reshape(2, n)
+        self._cursor = np.zeros(3, np.int64)
+        self.out = np.full(OUT, np.nan)
+        # Which channels speak for a view, and over which windows, when tags are to be named.
+        self._speaks = np.zeros((n_views, n_windows, n))
+        for v, view in enumerate(c.views):
+            for group, w in view.terms:
+                self._speaks[v, w, list(group)] = 1.0
+
+    def _pack_tables(self) -> Float64:
+        c = self.calibration
+        rows = []
+        for s in range(len(c.states)):
+            slots = [np.concatenate([c.tail[s, k], [float(c.used[s, k])], c.grid[s, k], c.level[s, k]])
+                     for k in range(c.used.shape[1])]
+            top = [limit if view.role == "fixed" else soft(limit)
+                   for view, limit in zip(c.views, c.limit[s], strict=True)]
+            rows.append(np.concatenate([c.scale[s], c.usual[s], c.weight[s], c.offset[s], c.limit[s], top, *slots]))
+        return np.ascontiguousarray(rows, dtype=np.float64)
 
     def reset(self) -> None:
         """Empty the windows (after a gap)."""
-        forget(self.ring, self.sums, self.cursor)
+        forget(self._ints, self._cursor)
         self.out[SCORE] = np.nan
 
     def step(self, residual: Float64, state: int) -> None:
         """Take float64[n_channels]; write `out`. `state` is an index into `states`, -1 = not learnt."""
-        score_step(residual, state, *self._table, self.ring, self.sums, self.stat, self.calibration.limit,
-                   self.cursor, self.out)
+        score_step(residual, state, self._ints, self._tables, self._ring, self._raw, self._memory, self._cursor,
+                   self.out)
 
-    def rows(self, residual: Float64, gap: UInt8, state: Int64) -> tuple[Float64, Float64]:
-        """As `Calibration.score_rows`."""
+    def rows(
+        self, residual: Float64, gap: UInt8, state: Int64, *, details: bool = False,
+    ) -> tuple[Float64, Float64, Float64]:
+        """Return (outs float64[n, 6], and with details: terms float64[n, n_terms], values float64[n, n_views])."""
         n = residual.shape[0]
-        stats = np.empty((n, *self.stat.shape))
-        outs = np.empty((n, len(self.out)))
-        score_rows(np.ascontiguousarray(residual), gap, state, *self._table, self.ring, self.sums, self.stat,
-                   self.calibration.limit, self.cursor, self.out, stats, outs)
-        return stats, outs
+        outs = np.empty((n, OUT))
+        stats = np.empty((n if details else 0, self._ints[2]))
+        values = np.empty((n if details else 0, self._ints[3]))
+        score_rows(np.ascontiguousarray(residual), gap, state, self._ints, self._tables, self._ring, self._raw,
+                   self._memory, self._cursor, self.out, outs, stats, values)
+        return outs, stats, values
+
+    def energies(self, residual: Float64, state: Int64) -> Float64:
+        """Return float64[n, n_channels]: the energy of each residual."""
+        residual = np.ascontiguousarray(residual)  # a method's batch may come column by column
+        out = np.empty_like(residual)
+        for t in range(len(residual)):
+            transform_row(residual[t], state[t], self._ints, self._tables, out[t])
+        return out
 
     def window_means(self, into: Float64) -> None:
-        """Write the mean residual over the first window into float64[n_channels]; NaN where nothing is known."""
-        counted = self.sums[:, 0, 1, 1]
-        np.divide(self.sums[:, 0, 1, 0], counted, out=into, where=counted > 0)
+        """Write the mean residual over the last rows into float64[n_channels]; NaN where nothing is known."""
+        counted = self._raw_count
+        np.divide(self._raw_sum, counted, out=into, where=counted > 0)
         into[counted <= 0] = np.nan
 
     def channel_shares(self, state: int) -> Float64:
-        """Return float64[n_channels]: weight of each channel of the leading method, by excess over its healthy level.
+        """Return float64[n_channels]: weight of each channel of the leading view, by excess over its healthy level.
 
-        Surprise is capped, so it is weighted by the plain residual in healthy units: among channels that are all
-        off the scale the one that is furthest off leads.
+        Energy is capped, so it is weighted by the plain residual in healthy units: among channels that are all off
+        the scale the one that is furthest off leads.
         """
-        share = np.zeros(len(self.calibration.channels))
-        lead, window = int(self.out[1]), int(self.out[2])
+        lead = int(self.out[1])
         if lead < 0 or state < 0:
-            return share
-        counts = np.maximum(self.sums[:, window, :, 1], 1.0)
-        surprise_mean = self.sums[:, window, 0, 0] / counts[:, 0]
-        residual_mean = self.sums[:, window, 1, 0] / counts[:, 1]
-        excess = np.maximum(surprise_mean - self.calibration.usual[state], 0.0)
-        share[:] = excess * np.maximum(residual_mean, 0.0) / self.calibration.scale[state]
-        share[self._method != self._method_of_group[lead]] = 0.0
-        return share
+            return np.zeros(len(self.calibration.channels))
+        c = self.calibration
+        mean = self._sums / np.maximum(self._counts, 1.0)
+        excess = (np.maximum(mean - c.usual[state], 0.0) * self._speaks[lead]).sum(axis=0)
+        residual = np.maximum(self._raw_sum, 0.0) / np.maximum(self._raw_count, 1.0)
+        return np.asarray(excess * (1.0 + residual / c.scale[state]))
 
 
-def method_of(group: str) -> str:
-    """Return the method of a fusion group, "<method>/<tag>"."""
-    return group.split("/", 1)[0]
-
-
-def held_out_residuals(plugin: Plugin, record: Record, params: object, full: Float64) -> Float64:
+def held_out_residuals(plugin: Plugin, record: Record, params: Any, full: Float64) -> Float64:
     """Return float64[n, n_channels] residuals of rows that the fitted model has not seen.
 
     `full` : float64[n, n_channels]; residuals of the model fitted on everything. A plugin that does not learn
@@ -169,33 +229,32 @@ def held_out_residuals(plugin: Plugin, record: Record, params: object, full: Flo
 
 
 def calibrate(
-    channels: Sequence[Channel], group_names: Sequence[str], held_out: Float64, gap: UInt8, state: Int64,
-    states: Sequence[int], windows: Sequence[int], period_s: float, false_alarms_per_day: float,
-    learnt_here: Sequence[str] = (),
+    parts: Sequence[Part], held_out: Float64, gap: UInt8, state: Int64, states: Sequence[int],
+    windows: Sequence[int], period_s: float, false_alarms_per_day: float, learnt_here: Sequence[str] = (),
 ) -> Calibration:
     """Calibrate channels on held-out healthy residuals.
 
     Parameters
     ----------
+    parts : the methods with their channels, in the order of the residual vector
     held_out : float64[n, n_channels]
-    group_names : fusion group of each channel, "<method>/<tag>"
     gap : uint8[n]; state : int64[n], index into `states`
-    windows : rows; period_s : seconds per row; false_alarms_per_day : the alarm budget of this monitor
-    learnt_here : methods whose model was fitted on this record, see `NOVELTY_NATS`
+    windows : rows, empty = automatic; period_s : seconds per row; false_alarms_per_day : the alarm budget
+    learnt_here : labels of methods whose model was fitted on this record, see `NOVELTY_NATS`
 
     Raises
     ------
     RecordError
         The record is too short to calibrate.
     """
-    groups = tuple(dict.fromkeys(group_names))
-    group = np.array([groups.index(name) for name in group_names], np.int64)
-    kind = np.array([KINDS.get(c.kind, 9) for c in channels], np.int64)
+    channels = tuple(channel for part in parts for channel in part.channels)
     n_states, n_channels = len(states), len(channels)
-    grid = np.zeros((n_states, n_channels, GRID))
-    level = np.zeros((n_states, n_channels, GRID + 1))
-    used = np.zeros((n_states, n_channels), np.int64)
-    tail = np.zeros((n_states, n_channels, 2))
+    nonlinear = is_nonlinear(parts)
+    transform = np.array([_transform(part, c, nonlinear) for part in parts for c in part.channels], np.int64)
+    slot = np.where(transform == SURPRISE, np.cumsum(transform == SURPRISE) - 1, -1)
+    n_slots = int((transform == SURPRISE).sum())
+    grid, level = np.zeros((n_states, n_slots, GRID)), np.zeros((n_states, n_slots, GRID + 1))
+    used, tail = np.zeros((n_states, n_slots), np.int64), np.zeros((n_states, n_slots, 2))
     scale = np.ones((n_states, n_channels))
     for s in range(n_states):
         for c in range(n_channels):
@@ -208,12 +267,28 @@ def calibrate(
                 raise RecordError(
                     f"the healthy record is too short to calibrate: {len(x)} judged rows, {MIN_HELD_OUT} needed",
                     where=where, next_step="fit on a longer healthy record")
-            used[s, c], tail[s, c] = _distribution(x, grid[s, c], level[s, c])
-            scale[s, c] = max(math.sqrt(float(np.mean(x * x))), 1e-9)
+            if slot[c] >= 0:
+                used[s, slot[c]], tail[s, slot[c]] = _distribution(x, grid[s, slot[c]], level[s, slot[c]])
+            scale[s, c] = max(math.sqrt(float(np.mean(x * x))), LEAST_SCALE)
+    rows_per_state = min(int((state == s).sum()) for s in range(n_states))
+    chosen = choose_windows(windows, nonlinear, rows_per_state)
+    views = compose(parts, chosen, nonlinear, bool(windows))
+    n_terms = sum(len(view.terms) for view in views)
     plain = Calibration(
-        tuple(channels), groups, group, kind, np.array(windows, np.int64), tuple(int(s) for s in states), grid, level,
-        used, tail, scale, np.zeros_like(scale), np.ones((n_states, len(groups), len(windows))))
-    return _with_limits(plain, held_out, gap, state, period_s, false_alarms_per_day, learnt_here)
+        channels, views, transform, slot, np.array(chosen, np.int64), tuple(int(s) for s in states), grid, level, used,
+        tail, scale, np.zeros_like(scale), np.ones((n_states, n_terms)), np.zeros((n_states, len(views))),
+        np.ones((n_states, len(views))))
+    usual = _usual(plain, held_out, state)
+    plain = dataclasses.replace(plain, usual=usual)
+    plain = _standardised(plain, held_out, gap, state)
+    return _limited(plain, parts, held_out, gap, state, period_s, false_alarms_per_day, learnt_here)
+
+
+def _transform(part: Part, channel: Channel, nonlinear: bool) -> int:
+    """Squares on a linear plant (surprise costs up to .1 AUC there); surprise where errors have heavy tails."""
+    if channel.kind in FIXED_KINDS:
+        return PLAIN
+    return SQUARE if part.predicts and channel.kind in ERROR_KINDS and not nonlinear else SURPRISE
 
 
 def _distribution(x: Float64, grid: Float64, level: Float64) -> tuple[int, tuple[float, float]]:
@@ -237,88 +312,83 @@ def _distribution(x: Float64, grid: Float64, level: Float64) -> tuple[int, tuple
     return k, (knee, max(MIN_SLOPE, float(np.mean(np.log(beyond / knee)))))
 
 
-def _with_limits(
-    plain: Calibration, held_out: Float64, gap: UInt8, state: Int64, period_s: float, per_day: float,
-    learnt_here: Sequence[str],
-) -> Calibration:
-    """Set the limit of each group and window by peaks over threshold with an exponential tail (`detector.md` 8)."""
-    scorer = plain.scorer()
-    stats, _ = scorer.rows(held_out, gap, state)
-    rate = per_day / DAY_S * period_s / (len(plain.groups) * len(plain.windows))
-    limit = np.ones_like(plain.limit)
-    beside = any(method_of(name) not in learnt_here for name in plain.groups)
-    short: dict[tuple[str, int], float] = {}
-    for s in range(len(plain.states)):
-        rows = state == s
-        for g, name in enumerate(plain.groups):
-            for w, window in enumerate(plain.windows):
-                limit[s, g, w], clusters, windows = _tail_limit(stats[rows, g, w], int(window), rate)
-                if method_of(name) in learnt_here and beside:
-                    novelty = NOVELTY_NATS * min(1.0, NOVELTY_ROWS / int(window))
-                    limit[s, g, w] = max(limit[s, g, w], novelty)
-                if clusters < MIN_CLUSTERS:
-                    short[method_of(name), int(window)] = windows * period_s / 3600
-    notes = [f"{method}, window of {window} rows: the healthy record ({hours:.2f} h) has too few peaks to support "
-             f"{per_day:g} false alarms a day; the limit is set above all that was seen"
-             for (method, window), hours in short.items()]
+def _usual(plain: Calibration, held_out: Float64, state: Int64) -> Float64:
+    """Return float64[n_states, n_channels]: mean energy of healthy rows."""
+    energy = plain.scorer().energies(held_out, state)
     usual = np.zeros_like(plain.usual)
     for s in range(len(plain.states)):
-        usual[s] = _mean_surprise(plain, held_out[state == s], s)
-    return Calibration(**{**plain.__dict__, "limit": limit, "usual": usual, "notes": tuple(notes)})
+        rows = energy[state == s]
+        known = ~np.isnan(rows)
+        usual[s] = np.where(known, rows, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return usual
 
 
-def _mean_surprise(plain: Calibration, held_out: Float64, s: int) -> Float64:
-    """Return float64[n_channels]: mean surprise of healthy rows in state s."""
-    return np.array([
-        mean_surprise(np.ascontiguousarray(held_out[:, c]), plain.grid[s, c], plain.level[s, c], plain.used[s, c],
-                      plain.tail[s, c, 0], plain.tail[s, c, 1])
-        for c in range(len(plain.channels))])
+def _standardised(plain: Calibration, held_out: Float64, gap: UInt8, state: Int64) -> Calibration:
+    """Set weight and offset, so that each view has healthy median 0 and spread 1 (84 % quantile less median)."""
+    _, stats, _ = plain.scorer().rows(held_out, gap, state, details=True)
+    weight, offset = plain.weight.copy(), plain.offset.copy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        logs = np.log(stats + LEAST)
+    at = 0
+    for v, view in enumerate(plain.views):
+        own = slice(at, at + len(view.terms))
+        at += len(view.terms)
+        if view.role == "fixed":
+            continue
+        for s in range(len(plain.states)):
+            rows = (logs if plain.in_logs(view) else stats)[state == s, own]
+            rows = rows[~np.isnan(rows).any(axis=1)]
+            if len(rows) == 0:
+                continue
+            together = rows.sum(axis=1)
+            centre, top = np.quantile(together, [0.5, 0.84])
+            spread = max(float(top - centre), MIN_SPREAD * len(view.terms))
+            weight[s, own] = 1.0 / spread
+            offset[s, v] = float(centre) / spread
+    return dataclasses.replace(plain, weight=weight, offset=offset)
 
 
-def unlike_the_rest(stat: Float64, window: int) -> list[Int64]:
-    """Return runs of rows (int64 arrays) whose window mean of surprise stands far above the bulk.
+def _limited(
+    plain: Calibration, parts: Sequence[Part], held_out: Float64, gap: UInt8, state: Int64, period_s: float,
+    per_day: float, learnt_here: Sequence[str],
+) -> Calibration:
+    """Set the limit of each view from the alarm budget."""
+    _, _, values = plain.scorer().rows(held_out, gap, state, details=True)
+    rate = per_day / DAY_S * period_s
+    leading = sum(view.role == "leading" for view in plain.views)
+    beside = sum(view.role == "beside" for view in plain.views)
+    share = {"leading": (LEADING_SHARE if beside else 1.0) / max(leading, 1),
+             "beside": (1 - LEADING_SHARE if leading else 1.0) / max(beside, 1), "lamp": 1.0}
+    labels = [part.label for part in parts for _ in part.channels]
+    company = any(view.name == "all" for view in plain.views) or any(p.label not in learnt_here for p in parts)
+    limit = plain.limit.copy()
+    short: set[int] = set()
+    at = 0
+    for v, view in enumerate(plain.views):
+        first = at
+        at += len(view.terms)
+        if view.role == "fixed":
+            continue
+        own = plain.windows[list(view.windows)]
+        longest, typical = int(own.max()), float(np.exp(np.log(own).mean()))
+        novel = view.tag and not plain.in_logs(view) and not view.name.startswith(PREDICTED)
+        for s in range(len(plain.states)):
+            limit[s, v], clusters = tail_limit(values[state == s, v], longest, typical,
+                                               rate * share[view.role], normal=plain.in_logs(view))
+            if clusters < MIN_CLUSTERS:
+                short.add(longest)
+                if view.role == "beside":  # so many views on so few independent windows: one of them would always alarm
+                    limit[s, v] = UNSUPPORTED
+            if novel:
+                def nats(mean: float, s: int = s, v: int = v, first: int = first) -> float:
+                    return float(plain.weight[s, first] * mean - plain.offset[s, v])
 
-    stat : float64[n], NaN = no window. At most `MAX_TRIMMED` of the windows are set apart: more is no exception.
-    """
-    known = stat[~np.isnan(stat)]
-    if len(known) == 0:
-        return []
-    usual, high = np.quantile(known, [0.5, 0.9])
-    bar = usual + SUSPICIOUS_FACTOR * max(high - usual, 0.1 * usual, 0.1)
-    above = np.flatnonzero(np.nan_to_num(stat, nan=-1.0) > bar)
-    if len(above) == 0 or len(above) > MAX_TRIMMED * len(known):
-        return []
-    return np.split(above, np.flatnonzero(np.diff(above) > window) + 1)
-
-
-def _tail_limit(stat: Float64, window: int, rate: float) -> tuple[float, int, int]:
-    """Return (limit, clusters, windows): limit = u + m ln(lambda / rate) or more, never below all that was seen.
-
-    Windows above the 90 % quantile form clusters; of the cluster peaks the highest quarter (10 to 25) counts: u is
-    the next lower peak, m their mean excess over it, lambda their number per row. The larger of this exponential tail
-    and of the same in the logarithm (Hill: u exp(mean ln(peak / u) ln(lambda / rate))) is taken: on 32 simulated
-    plants the first alone broke the alarm budget in 5 healthy hours, both together in none. Fitted lower down, an
-    exponential tail overshoots; generalised Pareto fits were unstable.
-
-    stat : float64[n]; held-out window means of surprise; rate : wanted false alarms per row. Stretches unlike the
-    rest count too (the fit names them): a plant that has had them will have them again.
-    """
-    known = np.flatnonzero(~np.isnan(stat))
-    if len(known) == 0:
-        return STAT_FLOOR, 0, 0
-    x = stat[known]
-    seen = float(x.max())
-    above = known[x > np.quantile(x, CLUSTER_QUANTILE)]
-    if len(above) == 0:
-        return max(seen * 1.5, STAT_FLOOR), 0, len(known)
-    starts = np.append(0, np.flatnonzero(np.diff(above) > window) + 1)
-    peaks = np.sort(np.maximum.reduceat(stat[above], starts))
-    highest = min(len(peaks) - 1, max(MIN_CLUSTERS, min(MAX_PEAKS, len(peaks) // 4)))
-    if highest < 1:
-        return max(seen * 1.5, STAT_FLOOR), len(peaks), len(known)
-    base = float(peaks[-highest - 1])
-    ahead = max(0.0, math.log(highest / len(known) / rate))
-    limit = base + float(np.mean(peaks[-highest:] - base)) * ahead
-    if base > 0:
-        limit = max(limit, base * math.exp(float(np.mean(np.log(peaks[-highest:] / base))) * ahead))
-    return min(max(limit, seen * 1.05, STAT_FLOOR), LIMIT_CAP), len(peaks), len(known)
+                if company and labels[view.groups[0][0]] in learnt_here:
+                    limit[s, v] = max(limit[s, v], nats(NOVELTY_NATS * min(1.0, NOVELTY_ROWS / longest)))
+                limit[s, v] = min(limit[s, v], nats(MOST_NATS))
+    hours = len(held_out) * period_s / 3600
+    of = ", ".join(map(str, sorted(short)))
+    notes = (f"the healthy record ({hours:.2f} h) has too few peaks over windows of {of} rows to support "
+             f"{per_day:g} false alarms a day; their limits stand far above all that was seen",
+             ) if short else ()
+    return dataclasses.replace(plain, limit=limit, notes=notes)

@@ -233,15 +233,41 @@ class OutputsConfig(Section):
         return {signal: f"{self.base}.{signal}" for signal in chosen} | self.nodes
 
 
+class CycleConfig(Section):
+    """What cuts the stream of a cyclic process into parts: a monitor with a cycle gives one verdict per part."""
+
+    tag: str
+    on: Literal["change", "rising", "falling"] = "change"
+    until: Literal["next", "back"] = "next"
+    shortest: DurationNs | None = None
+    longest: DurationNs | None = None
+
+    # YAML 1.1 reads a bare `on` as true, and as a key too.
+    @model_validator(mode="before")
+    @classmethod
+    def _on(cls, value: Any) -> Any:
+        return {("on" if key is True else key): item for key, item in value.items()} if isinstance(value, dict) \
+            else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CycleConfig:
+        if self.on == "change" and self.until == "back":
+            raise _Wrong("'next': only a signal, with on: rising or on: falling, goes back", ("until",), "back")
+        if self.shortest is not None and self.longest is not None and self.shortest >= self.longest:
+            raise _Wrong("more than the shortest", ("longest",), _with_unit(self.longest, _UNITS_NS))
+        return self
+
+
 class MonitorConfig(Section):
     """A set of tags -> methods -> channels -> one fused score."""
 
     name: Name
     group: str
     tags: tuple[str, ...] | None = None
-    methods: Methods = ({"name": "transition"},)
+    methods: Methods = ({"name": "auto"},)
     windows: tuple[DurationNs, ...] = Field(default=(), max_length=4)
     state_tag: str = ""
+    cycle: CycleConfig | None = None
     false_alarms_per_day: float = Field(default=1.0, gt=0, le=86400)
     on_delay: DurationNs = 0
     off_delay: DurationNs = 500 * 10**6
@@ -253,7 +279,7 @@ class MonitorConfig(Section):
     @classmethod
     def _methods(cls, value: Any) -> Any:
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise ValueError("a list such as [transition, {name: onnx, model: m.onnx}]")
+            raise ValueError("a list such as [auto, {name: onnx, model: m.onnx}]")
         methods = [{"name": item} if isinstance(item, str) else item for item in value]
         for item in methods:
             if not isinstance(item, dict) or not isinstance(item.get("name"), str):
@@ -299,6 +325,12 @@ class Config(Section):
                 _known(name, tags_of[monitor.group], ("monitors", i, "tags", k))
             if monitor.state_tag:
                 _known(monitor.state_tag, tags_of[monitor.group], ("monitors", i, "state_tag"))
+            if monitor.cycle:
+                _known(monitor.cycle.tag, tags_of[monitor.group], ("monitors", i, "cycle", "tag"))
+                for key in ("methods", "windows", "state_tag"):
+                    if key in monitor.model_fields_set:
+                        raise _Wrong(f"no key '{key}' beside 'cycle': parts are judged as a whole, by their own method",
+                                     ("monitors", i, key))
             if monitor.outputs:
                 _known(monitor.outputs.server, servers, ("monitors", i, "outputs", "server"))
         return self
@@ -515,7 +547,7 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> str:
     model: type[BaseModel] = Config
     tree: dict[str, type[BaseModel]] = {
         "servers": ServerConfig, "groups": GroupConfig, "monitors": MonitorConfig, "store": StoreConfig,
-        "outputs": OutputsConfig}
+        "outputs": OutputsConfig, "cycle": CycleConfig}
     for part in loc[:-1]:
         model = TagConfig if part == "tags" and model is GroupConfig else tree.get(str(part), model)
     return "one of " + ", ".join(model.model_fields)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .alarms import AlertState
+from .allowances import Allowances
 from .api import (
     BAD_DATA_UNAVAILABLE,
     BAD_WAITING_FOR_INITIAL_DATA,
@@ -27,10 +28,10 @@ from .api import (
     UInt8,
     Verdict,
 )
-from .calibration import method_of
+from .calibration import REPORT_WINDOW
 from .columns import ColumnPlan
 from .explain import clarity, rank, sentence
-from .kernels.score import BOUND, CONF, SCORE, TRANS
+from .kernels.score import BOUND, CONF, LEAD, SCORE, SLOW, TRANS
 from .model import NormalityModel
 
 _QUALITY = {
@@ -52,7 +53,7 @@ class Snapshot:
     """The last rows of a monitor, copied, so that they can be explained on another thread.
 
     values float64[m, n_columns]; valid uint8[m, n_columns]; source_ns int64[m]; window: judged rows;
-    contribution float64[n_tags]; lead: index of the method that sets the score; event_no
+    contribution float64[n_tags]; lead: indices of the methods that set the score; event_no
     """
 
     values: Float64
@@ -60,7 +61,7 @@ class Snapshot:
     source_ns: Int64
     window: int
     contribution: Float64
-    lead: int
+    lead: frozenset[int]
     event_no: int
 
 
@@ -91,6 +92,7 @@ class Monitor:
         self._state_at = names.index(model.state_tag) if model.state_tag else -1
         self._state_index = {value: i for i, value in enumerate(model.calibration.states)}
         self._scorer = model.calibration.scorer()
+        self._allowances = Allowances.of(model)
         self._alert = AlertState(alert.on_delay_ns, alert.off_delay_ns)
         self._make_buffers()
         self.verdict = self._no_verdict()
@@ -109,7 +111,8 @@ class Monitor:
             self._slices.append((method, self._residual[first:first + len(method.channels)]))
             first += len(method.channels)
         reach = max(method.lag + method.memory for method in self.methods)
-        length = int(self.model.calibration.windows.max()) + 2 * reach + 2
+        self._report = REPORT_WINDOW
+        length = self._report + 2 * reach + 2
         self._ring = np.full((length, n_columns), np.nan)
         self._ring_valid = np.zeros((length, n_columns), np.uint8)
         self._ring_ns = np.zeros(length, np.int64)
@@ -118,12 +121,16 @@ class Monitor:
         tag_of = {tag.name: i for i, tag in enumerate(self.model.tags)}
         self._channel_tag = np.array(
             [tag_of[self.plan.owner(c.column)] for c in self.model.calibration.channels], np.int64)
-        self._lead_method = [self.model.names.index(method_of(name)) for name in self.model.calibration.groups]
+        of_channel = np.repeat(np.arange(len(self.methods)), [len(method.channels) for method in self.methods])
+        self._lead_methods = [frozenset(int(of_channel[c]) for group in view.groups for c in group)
+                              for view in self.model.calibration.views]
 
     def reset(self) -> None:
         """Forget all rows; a standing alert stands."""
         for method in self.methods:
             method.reset()
+        if self._allowances is not None:
+            self._allowances.reset()
         self._scorer.reset()
         self._filled = 0
 
@@ -136,6 +143,17 @@ class Monitor:
     def continue_events(self, last_event_no: int) -> None:
         """Number the next alert after this one (the last that the store knows)."""
         self._alert.event_no = last_event_no
+
+    def take_over(self, old: Monitor) -> None:
+        """Go on where another monitor stands: its alert stands here, and events are numbered on.
+
+        For a changed model: prime a new monitor with the last rows, call this between two rows, and swap.
+        """
+        alert = old._alert
+        self._alert = AlertState(self.settings.on_delay_ns, self.settings.off_delay_ns, active=alert.active,
+                                 event_no=alert.event_no)
+        self.verdict.alert, self.verdict.event_no = alert.active, alert.event_no
+        self.verdict.severity = self.settings.severity if alert.active else 0
 
     def step(self, frame: Frame) -> Verdict:
         """Take one row of the group; return the verdict (reused)."""
@@ -150,6 +168,8 @@ class Monitor:
             method.update(values, valid)
             target[:] = method.residual
         state = self._state(frame)
+        if self._allowances is not None:
+            self._allowances.step(values, valid, frame.gap, state, self._residual)
         self._scorer.step(self._residual, state)
         self._judge(frame, state)
         return self.verdict
@@ -165,7 +185,7 @@ class Monitor:
         verdict, out = self.verdict, self._scorer.out
         score = float(out[SCORE])
         verdict.source_ns, verdict.seq = frame.source_ns, frame.seq
-        verdict.score = score
+        verdict.score, verdict.slow_score = score, float(out[SLOW])
         verdict.r_trans, verdict.r_bound, verdict.r_conf = float(out[TRANS]), float(out[BOUND]), float(out[CONF])
         self._scorer.window_means(verdict.residual)
         verdict.alert = self._alert.step(score, frame.source_ns)
@@ -204,17 +224,19 @@ class Monitor:
         """Copy what `explain` needs; call it on the loop's thread, right after `step`."""
         n, m = len(self._rows), self._filled
         order = (np.arange(self._pos - m + 1, self._pos + 1)) % n
-        lead = int(self._scorer.out[1])
-        window = int(self.model.calibration.windows[max(0, int(self._scorer.out[2]))])
+        lead, window, methods = int(self._scorer.out[LEAD]), self._report, frozenset[int]()
+        if lead >= 0:
+            view = self.model.calibration.views[lead]
+            window = min(self._report, int(self.model.calibration.windows[view.windows[-1]]))
+            methods = self._lead_methods[lead]
         return Snapshot(self._ring[order], self._ring_valid[order], self._ring_ns[order], window,
-                        self.verdict.contribution.copy(), self._lead_method[lead] if lead >= 0 else 0,
-                        self.verdict.event_no)
+                        self.verdict.contribution.copy(), methods, self.verdict.event_no)
 
     def explain(self, taken: Snapshot) -> Explanation:
         """Say why the score is what it is; pure, may run on another thread."""
         found: list[tuple[float, Cause]] = []
         for i, method in enumerate(self.methods):
-            weight = 1.0 if i == taken.lead else 0.3
+            weight = 1.0 if i in taken.lead else 0.3
             causes = method.explain(taken.values, taken.valid, taken.source_ns,
                                     min(taken.window, len(taken.source_ns)))
             found += [(weight * clarity(cause), cause) for cause in causes]
@@ -248,6 +270,12 @@ class Engine:
         for i, monitor in enumerate(self.monitors):
             self._verdicts[i] = monitor.step(frame)
         return self._verdicts
+
+    def swap(self, old: Monitor, new: Monitor) -> None:
+        """Put one monitor in the place of another, between two rows (see `Monitor.take_over`)."""
+        i = self.monitors.index(old)
+        self.monitors = (*self.monitors[:i], new, *self.monitors[i + 1:])
+        self._verdicts[i] = new.verdict
 
 
 def frames_of(record: Record) -> Iterator[Frame]:

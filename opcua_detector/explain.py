@@ -72,8 +72,10 @@ def sentence(cause: Cause, tags: Mapping[str, Tag], spans: Mapping[str, float]) 
     elif cause.kind == "conf":
         state = f"is {now}" if now else "does not fit"
         text = f"{cause.tag} {state}{situation}, a pattern never seen in healthy operation"
-    elif cause.kind == "forecast" and has_range and now:
+    elif cause.kind in ("forecast", "affine") and has_range and now:
         text = f"{cause.tag} is {now}; its past and the other tags predict {normal}{_times(cause)}"
+    elif cause.kind == "relation" and has_range and now:
+        text = f"{cause.tag} is {now}; {cause.other or 'the other tags'} would make it {normal}{_times(cause)}"
     return text if len(text) <= EXPLANATION_CHARS else text[: EXPLANATION_CHARS - 3] + "..."
 
 

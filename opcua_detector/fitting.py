@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
-from .api import Channel, Float64, Int64, Method, MethodModel, Plugin, Record, TagKind
-from .calibration import MIN_HELD_OUT, Calibration, calibrate, held_out_residuals, unlike_the_rest
+from .api import Float64, Int64, Method, MethodModel, Plugin, Record, TagKind
+from .calibration import MIN_HELD_OUT, Calibration, calibrate, held_out_residuals
 from .columns import make_plan, usable_tags
 from .errors import ConfigError, RecordError
+from .limits import unlike_the_rest
 from .model import NormalityModel
+from .views import Part, is_nonlinear
 
-MIN_ROWS = 2000
+MIN_ROWS = 250
 MAX_STATES = 32
 STRANGE_RESIDUAL = 5.0
-DEFAULT_WINDOWS = (100, 500)  # rows: the short one is quick, the long one sees what is weak
+OUR_PREDICTORS = ("regression", "transition")  # plugins whose errors make up the leading view
+NONLINEAR_SHARE = 0.5  # of the tags that keep the nonlinear correction (`detector.md` 8, plant gate)
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class FitReport:
 
 def fit_monitor(
     name: str, record: Record, methods: Sequence[tuple[str, Plugin, Any]], *, state_tag: str = "",
-    windows_ns: Sequence[int] = (), false_alarms_per_day: float = 1.0, setup: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    windows_ns: Sequence[int] = (), false_alarms_per_day: float = 1.0, only_nonlinear: Collection[str] = (),
+    setup: Mapping[str, Any] | None = None, progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[NormalityModel, FitReport]:
     """Fit a monitor on healthy rows.
 
@@ -53,7 +56,8 @@ def fit_monitor(
     ----------
     record : rows of the monitor's tags (and its state tag), gaps marked
     methods : (name in the config, plugin, parameters)
-    windows_ns : averaging windows, by default of 100 and 500 rows
+    windows_ns : averaging windows, by default see `opcua_detector.views`
+    only_nonlinear : names of methods that are left out where the methods before them find the plant linear
 
     Raises
     ------
@@ -73,35 +77,53 @@ def fit_monitor(
     labels = _labels([name for name, _, _ in methods])
 
     models: list[MethodModel] = []
-    channels: list[Channel] = []
-    groups: list[str] = []
+    parts: list[Part] = []
+    learnt: list[str] = []
     strange: list[str] = []
     held_out: list[Float64] = []
-    for label, (_, plugin, params) in zip(labels, methods, strict=True):
+    for label, (name_of, plugin, params) in zip(labels, methods, strict=True):
+        if name_of in only_nonlinear and not is_nonlinear(parts):
+            continue
         progress(f"fitting {label}")
         fitted = plugin.fit(columns, params)
         method = plugin.open(fitted, columns.tags)
         full = method.residuals(columns)
         progress(f"calibrating {label}")
-        held_out.append(held_out_residuals(plugin, columns, params, full))
-        if not plugin.learns:
+        held_out.append(held_out_residuals(plugin, columns, _resolved(params, fitted), full))
+        if plugin.learns:
+            learnt.append(label)
+        else:
             strange += _strangers(label, method, full)
         models.append(fitted)
-        channels += list(method.channels)
-        groups += [f"{label}/{plan.owner(channel.column)}" for channel in method.channels]
+        parts.append(_part(label, plugin, fitted, method, [plan.owner(c.column) for c in method.channels]))
     residual = np.concatenate(held_out, axis=1)
-    calibration = calibrate(channels, groups, residual, columns.gap, state, states, windows,
-                            record.period_ns / 1e9, false_alarms_per_day,
-                            [label for label, (_, plugin, _) in zip(labels, methods, strict=True) if plugin.learns])
+    calibration = calibrate(parts, residual, columns.gap, state, states, windows, record.period_ns / 1e9,
+                            false_alarms_per_day, learnt)
     span = np.array([np.quantile(columns.values[columns.valid[:, c] != 0, c], [0.01, 0.99])
                      for c in range(len(plan.columns))])
     span_ns = (int(record.source_ns[0]), int(record.source_ns[-1]))
     facts = {"rows": len(record), "from_ns": span_ns[0], "to_ns": span_ns[1], "gaps": int(record.gap.sum()) - 1,
-             "false_alarms_per_day": false_alarms_per_day, "setup": dict(setup or {})}
-    model = NormalityModel(name, tags, excluded, record.period_ns, state_tag, tuple(labels), tuple(models), calibration,
-                           span, (), facts)
+             "false_alarms_per_day": false_alarms_per_day, "given": [tag.name for tag in record.tags],
+             "setup": dict(setup or {})}
+    model = NormalityModel(name, tags, excluded, record.period_ns, state_tag,
+                           tuple(part.label for part in parts), tuple(models), calibration, span, (), facts)
     report = _report(name, record, excluded, state, states, calibration, residual)
     return model, replace(report, notes=(*strange, *report.notes))
+
+
+def _resolved(params: Any, fitted: MethodModel) -> Any:
+    """Return the parameters with what the fit chose by itself, so that the folds do not choose again."""
+    chosen = {f.name: fitted.params[f.name] for f in fields(params) if f.name in fitted.params}
+    share = fitted.params.get("nonlinear_share")
+    if share is not None and chosen["nonlinear"] == "auto":
+        chosen["nonlinear"] = "on" if share == 1.0 else "off" if share == 0.0 else "auto"
+    return replace(params, **chosen)
+
+
+def _part(label: str, plugin: Plugin, fitted: MethodModel, method: Method, tags: Sequence[str]) -> Part:
+    share = fitted.params.get("nonlinear_share")
+    return Part(label, tuple(method.channels), tuple(tags), plugin.name in OUR_PREDICTORS,
+                None if share is None else float(share) >= NONLINEAR_SHARE)
 
 
 def _check_record(record: Record) -> None:
@@ -153,7 +175,7 @@ def _strangers(label: str, method: Method, residual: Float64) -> list[str]:
 
 
 def _windows(windows_ns: Sequence[int], period_ns: int) -> list[int]:
-    return [max(2, round(w / period_ns)) for w in windows_ns] if windows_ns else list(DEFAULT_WINDOWS)
+    return [max(2, round(w / period_ns)) for w in windows_ns]
 
 
 def _labels(names: Sequence[str]) -> list[str]:
@@ -168,22 +190,22 @@ def _report(
     coverage = {int(value): float(np.mean(state == i)) for i, value in enumerate(states)}
     if (state < 0).any():
         coverage[-1] = float(np.mean(state < 0))
-    stats, _ = calibration.score_rows(held_out, record.gap, state)
+    _, _, values = calibration.scorer().rows(held_out, record.gap, state, details=True)
     found: list[tuple[int, int, float, str]] = []
-    for g, group in enumerate(calibration.groups):
-        found += _stretches(stats[:, g, 0], record.source_ns, int(calibration.windows[0]), group)
+    for v, view in enumerate(calibration.views):
+        if view.role != "fixed":
+            found += _stretches(values[:, v], record.source_ns, int(calibration.windows[view.windows[0]]), view.name)
     found.sort(key=lambda item: -item[2])
-    limits = {f"{group}, {int(w)} rows": float(calibration.limit[0, g, i])
-              for g, group in enumerate(calibration.groups) for i, w in enumerate(calibration.windows)}
+    limits = {f"{view.name}, {', '.join(str(int(calibration.windows[w])) for w in view.windows)} rows":
+              float(calibration.limit[0, v]) for v, view in enumerate(calibration.views)}
     return FitReport(
         name, len(record), len(record) * record.period_ns / 1e9, (int(record.source_ns[0]), int(record.source_ns[-1])),
         int(record.gap.sum()) - 1, excluded, coverage, tuple(found[:5]), calibration.notes, limits)
 
 
-def _stretches(stat: Float64, source_ns: Int64, window: int, group: str) -> list[tuple[int, int, float, str]]:
-    """Return (from_ns, to_ns, how many times the usual level, group) of stretches unlike the rest."""
-    usual = max(float(np.nanmedian(stat)), 0.1)
+def _stretches(value: Float64, source_ns: Int64, window: int, view: str) -> list[tuple[int, int, float, str]]:
+    """Return (from_ns, to_ns, healthy spreads above the median, view) of stretches unlike the rest."""
     return [
-        (int(source_ns[max(0, run[0] - window + 1)]), int(source_ns[run[-1]]), float(stat[run].max() / usual), group)
-        for run in unlike_the_rest(stat, window)
+        (int(source_ns[max(0, run[0] - window + 1)]), int(source_ns[run[-1]]), float(value[run].max()), view)
+        for run in unlike_the_rest(value, window)
     ]

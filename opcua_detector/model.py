@@ -20,9 +20,12 @@ from .api import Channel, Float64, MethodModel, Tag, TagKind
 from .calibration import Calibration
 from .columns import ColumnPlan, make_plan
 from .errors import ModelFileError, ModelTagsError
+from .views import View
 
-FORMAT = 1
-_CALIBRATION_ARRAYS = ("group", "kind", "windows", "grid", "level", "used", "tail", "scale", "usual", "limit")
+FORMAT = 2
+_CALIBRATION_ARRAYS = ("transform", "slot", "windows", "grid", "level", "used", "tail", "scale", "usual", "weight",
+                       "offset", "limit")
+_ADAPTED = "adapted/"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class NormalityModel:
     span : float64[n_columns, 2]; 1 % and 99 % quantile of each column, for words like "slowly"
     deltas : journal of small changes since the fit (feedback), oldest first
     facts : rows, times and the like, JSON-able
+    adapted : name -> array; what the deltas need, and what they replaced (see `opcua_detector.feedback`)
     """
 
     monitor: str
@@ -50,11 +54,19 @@ class NormalityModel:
     span: Float64
     deltas: tuple[Mapping[str, Any], ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    adapted: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def plan(self) -> ColumnPlan:
         """How rows of the tags become rows of columns."""
         return make_plan(self.tags)
+
+    @property
+    def given(self) -> tuple[Tag, ...]:
+        """The tags of the healthy record in its order, those left out included."""
+        known = {tag.name: tag for tag in self.tags}
+        return tuple(known.get(name) or Tag(name, kind=TagKind.STATE if name == self.state_tag else TagKind.MEASURED)
+                     for name in self.facts.get("given", list(known)))
 
     @property
     def sha256(self) -> str:
@@ -106,6 +118,7 @@ class NormalityModel:
         for i, method in enumerate(self.methods):
             for name, array in method.arrays.items():
                 arrays[f"method{i}/{name}"] = array
+        arrays |= {f"{_ADAPTED}{name}": array for name, array in self.adapted.items()}
         header = {
             "format": FORMAT, "monitor": self.monitor, "tags": [asdict(tag) for tag in self.tags],
             "excluded": dict(self.excluded), "period_ns": self.period_ns, "state_tag": self.state_tag,
@@ -113,7 +126,7 @@ class NormalityModel:
             "methods": [{"plugin": m.plugin, "columns": list(m.columns), "period_ns": m.period_ns,
                          "params": dict(m.params)} for m in self.methods],
             "calibration": {"channels": [asdict(c) for c in self.calibration.channels],
-                            "groups": list(self.calibration.groups), "states": list(self.calibration.states),
+                            "views": [asdict(v) for v in self.calibration.views], "states": list(self.calibration.states),
                             "notes": list(self.calibration.notes)},
         }
         return header, arrays
@@ -201,19 +214,25 @@ def _from_content(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> No
         methods.append(MethodModel(item["plugin"], tuple(item["columns"]), item["period_ns"], item["params"], own))
     about = header["calibration"]
     calibration = Calibration(
-        channels=tuple(Channel(**c) for c in about["channels"]), groups=tuple(about["groups"]),
+        channels=tuple(Channel(**c) for c in about["channels"]), views=tuple(_view(v) for v in about["views"]),
         states=tuple(about["states"]), notes=tuple(about["notes"]),
         **{name: np.ascontiguousarray(arrays[f"calibration/{name}"]) for name in _CALIBRATION_ARRAYS})
     return NormalityModel(
         header["monitor"], tuple(_tag(t) for t in header["tags"]), header["excluded"], header["period_ns"],
         header["state_tag"], tuple(header["names"]), tuple(methods), calibration, arrays["span"],
-        tuple(header["deltas"]), header["facts"])
+        tuple(header["deltas"]), header["facts"],
+        {name.removeprefix(_ADAPTED): a for name, a in arrays.items() if name.startswith(_ADAPTED)})
 
 
 def _tag(item: dict[str, Any]) -> Tag:
     limits = item.pop("eu_range")
     kind = TagKind(item.pop("kind"))
     return replace(Tag(**item), kind=kind, eu_range=None if limits is None else (limits[0], limits[1]))
+
+
+def _view(item: dict[str, Any]) -> View:
+    return View(item["name"], item["tag"], item["role"], tuple(tuple(g) for g in item["groups"]),
+                tuple(item["windows"]))
 
 
 def _json(header: Mapping[str, Any]) -> bytes:

@@ -25,6 +25,8 @@ from .errors import ConfigError, PluginError
 ENTRY_POINTS = "opcua_detector.plugins"
 _BUILT_IN = {
     "transition": ("opcua_detector.detectors.transition", "TransitionPlugin"),
+    "regression": ("opcua_detector.detectors.regression", "RegressionPlugin"),
+    "checks": ("opcua_detector.detectors.checks", "ChecksPlugin"),
     "onnx": ("opcua_detector.detectors.onnx_model", "OnnxPlugin"),
 }
 _SHIPPED = "opcua_detector.plugins.detectors"

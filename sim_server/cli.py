@@ -18,7 +18,7 @@ from typing import Any, Final
 from sim_server.config import SimConfig, build_script, load_config, parse_config
 from sim_server.errors import ConfigError, SimError, StartError
 from sim_server.faults import FaultScript, load_script
-from sim_server.processes import MODELS, SCHEDULES, make, model
+from sim_server.processes import CYCLIC, MODELS, SCHEDULES, make, model
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--process", choices=sorted(MODELS), help="process to simulate (default: lorenz)")
+    common.add_argument("--process", choices=sorted({**MODELS, **CYCLIC}), help="process to simulate (default: lorenz)")
     common.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML settings; options below override them"
     )
@@ -190,7 +190,9 @@ async def _run(config: SimConfig, options: argparse.Namespace) -> int:
 
 
 def _paper_faults(name: str) -> dict[str, dict[str, Any]]:
-    """Return the faults of the paper's schedule: parameter -> its factor and the tags it touches."""
+    """Return the faults of the paper's schedule: parameter -> its factor and the tags it touches; none elsewhere."""
+    if name not in SCHEDULES:
+        return {}
     touches = {one.name: list(one.touches) for one in model(name).parameters}
     return {
         parameter: {"factor": factor, "touches": touches[parameter]}

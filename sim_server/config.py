@@ -60,7 +60,7 @@ class SimConfig(BaseModel):
     Attributes
     ----------
     process
-        ``lorenz`` or ``throttle``.
+        ``lorenz``, ``throttle`` or ``press``.
     seed
         Seed of every random choice.
     noise
@@ -96,7 +96,7 @@ class SimConfig(BaseModel):
 
     model_config = _STRICT
 
-    process: Literal["lorenz", "throttle"] = "lorenz"
+    process: Literal["lorenz", "throttle", "press"] = "lorenz"
     seed: Annotated[int, Field(ge=0)] = 0
     noise: Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)] = 0.0
     speed: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0

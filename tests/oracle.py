@@ -68,41 +68,117 @@ def masked_conf_residual(w, ok, vectors):
     return max(0.0, 1.0 - max(found)) if found else 0.0
 
 
+def map_residual(w, x, coefficients):
+    """Value less its prediction: coefficients times the extended vector, and a constant (section 3.4)."""
+    return float(x - (np.sum(np.asarray(w) * coefficients[:-1]) + coefficients[-1]))
+
+
 def judge_sensor(model, i, own, z, valid, level, t):
-    """(trans, bound, conf) of sensor i at t (eq. 22 - 25 at one instant, section 2 for what they leave open)."""
+    """(trans, bound, conf, affine) of sensor i at t (eq. 22 - 25 at one instant, sections 2 and 3.4).
+
+    Without maps affine is NaN. What is not valid has z = 0.
+    """
     a, p = model.arrays, model.params
     step = p["step"]
     if not (valid[t, own] and valid[t + step, own]):
-        return np.nan, np.nan, np.nan
+        return np.nan, np.nan, np.nan, np.nan
     row = a["table"][i, level[t, i] * p["levels"] + level[t + step, i]]
-    if row < 0:
-        return 1.0, 0.0, 1.0
     w, ok = extend(z, valid, t, own, a["partners"][i], step)
-    if 2 * ok.sum() < len(ok):
-        return 0.0, np.nan, np.nan
+    half = 2 * ok.sum() >= len(ok)
+    affine = np.nan
+    if "maps" in a and half:
+        affine = abs(map_residual(w, z[t, own], a["maps"][row] if row >= 0 else a["general"][i]))
+        affine = max(0.0, affine - (a["slack"][row] if row >= 0 else 0.0))
+    if row < 0:
+        return 1.0, 0.0, 1.0, affine
+    if not half:
+        return 0.0, np.nan, np.nan, np.nan
     tolerance = np.array([a["tolerance"][j] for j in a["partners"][i]] + [a["tolerance"][own]] * (step - 1))
     bound = bound_residual(w, ok, a["lo"][row], a["hi"][row], tolerance, p["nu"])
     vectors = a["vectors"][a["pointers"][row] : a["pointers"][row + 1]]
     conf = conf_residual(w, vectors) if ok.all() else masked_conf_residual(w, ok, vectors)
-    return 0.0, bound, conf
+    return 0.0, bound, conf, affine
+
+
+def scaled_rows(model, values, valid):
+    """Scaled values, 0 where not valid, and which are valid; float64[n, n_columns] and bool."""
+    a = model.arrays
+    valid = (valid != 0) & np.isfinite(values)
+    return np.where(valid, (np.where(valid, values, 0.0) - a["mean"]) * a["inverse"], 0.0), valid
 
 
 def score_rows(model, values, valid, gap):
-    """Residuals of all rows, float64[n, 3 n_sensors]; values and valid in the model's column order."""
+    """Residuals of all rows, float64[n, n_kinds * n_sensors]; values and valid in the model's column order."""
     a, step = model.arrays, model.params["step"]
     own = np.flatnonzero(a["judged"])
-    valid = (valid != 0) & np.isfinite(values)
-    z = np.where(valid, (np.where(valid, values, 0.0) - a["mean"]) * a["inverse"], 0.0)
+    z, valid = scaled_rows(model, values, valid)
     level = np.array([[level_of(x[c], e) for c, e in zip(own, a["edges"], strict=True)] for x in values])
-    out = np.full((len(values), 3 * len(own)), np.nan)
+    kinds = 4 if "maps" in a else 3
+    out = np.full((len(values), kinds * len(own)), np.nan)
     start = 0
     for n in range(len(values)):
         if gap[n]:
             start = n
         if n - start + 1 >= 2 * step:
             for i, c in enumerate(own):
-                out[n, i :: len(own)] = judge_sensor(model, i, c, z, valid, level, n - step)
+                out[n, i :: len(own)] = judge_sensor(model, i, c, z, valid, level, n - step)[:kinds]
     return out
+
+
+def hold_out(z, own, partners, step, instants_by_row, before, after, ridge, floor):
+    """(mean log of the held-out errors, those errors) of maps of t < before at t >= after."""
+    taught = [[t for t in instants if t < before] for instants in instants_by_row]
+    general, maps, _ = learn_maps(z, own, partners, step, [one for one in taught if one], ridge)
+    maps, errors = iter(maps), []
+    for teaching, instants in zip(taught, instants_by_row, strict=True):
+        coefficients = next(maps) if teaching else general
+        for t in [t for t in instants if t >= after]:
+            w = extend(z, np.ones(z.shape), t, own, partners, step)[0]
+            errors.append(map_residual(w, z[t, own], coefficients))
+    errors = np.array(errors)
+    return float(np.mean(np.log(np.sqrt(errors**2 + floor**2)))), errors
+
+
+def unseen_share(by_code, n, step):
+    """Share of instants whose transition is not made outside of their own fifth of the rows."""
+    found = []
+    for start, stop in ((k * n // 5, (k + 1) * n // 5) for k in range(5)):
+        for instants in by_code.values():
+            inside = [t for t in instants if start <= t - step + 1 and t + step < stop]
+            outside = [t for t in instants if t + step < start or t - step + 1 >= stop]
+            found += [not outside] * len(inside)
+    return float(np.mean(found))
+
+
+def learn_maps(z, own, partners, step, instants_by_row, ridge):
+    """General map and one per transition, as coefficients of the extended vector and a constant (section 3.4).
+
+    B_g = (A + ridge I)^-1 b over all instants; B_r = B_g + (A_r + ridge I)^-1 (b_r - A_r B_g), where the rows of
+    the design are the extended vectors without s_t, with at most 32 delayed values, and a constant 1.
+    """
+    at = list(partners).index(own)
+    n_e = len(partners) + step - 1
+    used = [k for k in range(n_e) if k != at and (k < len(partners) or k >= n_e - 32)]
+
+    def design(instants):
+        w = np.array([extend(z, np.ones(z.shape), t, own, partners, step)[0] for t in instants])
+        return np.column_stack([w[:, used], np.ones(len(w))]), z[instants, own]
+
+    def out(b):
+        full = np.zeros(n_e + 1)
+        full[[*used, n_e]] = b
+        return full
+
+    unit = ridge * np.eye(len(used) + 1)
+    x, y = design([t for instants in instants_by_row for t in instants])
+    general = np.linalg.solve(x.T @ x + unit, x.T @ y)
+    maps, spread = [], []
+    for instants in instants_by_row:
+        x, y = design(instants)
+        b = general + np.linalg.solve(x.T @ x + unit, x.T @ y - x.T @ x @ general)
+        maps.append(out(b))
+        spread.append([np.min(y - x @ b), np.max(y - x @ b)])
+    return out(general), np.array(maps), np.array(spread)
 
 
 def reduce_vectors(unit, eta, most, farthest, absolute):
@@ -126,11 +202,8 @@ def learn_bounds(z, own, partners, step, instants):
     return np.min(rows, axis=0), np.max(rows, axis=0), unit
 
 
-def learn_sensor(record, own, z, edges, partners, params):
-    """Per transition of one sensor, in order of its code: (code, instants, lo, hi, its unit vectors).
-
-    Which of the vectors are kept is left to `reduce_vectors`: where two are equally far the choice is free.
-    """
+def instants_of(record, own, edges, partners, params):
+    """Instants of one sensor that teach, by code of their transition: {code: [t, ...]}."""
     step, by_code = params.step, {}
     starts = [n for n in range(len(record)) if record.gap[n]] + [len(record)]
     for first, end in itertools.pairwise(starts):
@@ -140,8 +213,93 @@ def learn_sensor(record, own, z, edges, partners, params):
             if all(used):
                 q = [level_of(record.values[s, own], edges) for s in (t, t + step)]
                 by_code.setdefault(q[0] * params.levels + q[1], []).append(t)
+    return by_code
+
+
+def learn_sensor(record, own, z, edges, partners, params):
+    """Per transition of one sensor, in order of its code: (code, instants, lo, hi, its unit vectors).
+
+    Which of the vectors are kept is left to `reduce_vectors`: where two are equally far the choice is free.
+    """
+    by_code = instants_of(record, own, edges, partners, params)
     learnt = []
     for code in sorted(by_code):
-        lo, hi, unit = learn_bounds(z, own, partners, step, by_code[code])
+        lo, hi, unit = learn_bounds(z, own, partners, params.step, by_code[code])
         learnt.append((code, len(by_code[code]), lo, hi, unit))
     return learnt
+
+
+def judged_instants(record_gap, valid, own, step):
+    """Instants that are judged: [t - step + 1, t + step] without a gap, the sensor valid at t and t + step."""
+    starts = [n for n in range(len(record_gap)) if record_gap[n] or n == 0] + [len(record_gap)]
+    return [t for first, end in itertools.pairwise(starts) for t in range(first + step - 1, end - step)
+            if valid[t, own] and valid[t + step, own]]
+
+
+def adapt(model, values, valid, gap, borrow):
+    """Per sensor {code: lo, hi, map, spread, limit, slack} after instants declared normal, one by one.
+
+    Eq. 14 (new transition), 17a and b (bounds), widths of the nearest by L1 (section 1.7); the map of a new
+    transition is the general one with error 0 here; a known map's offset goes to the middle of the errors to be
+    normal where they all fit into -+ limit, else the slack takes what is too much.
+    """
+    a, p = model.arrays, model.params
+    step, levels = p["step"], p["levels"]
+    z, valid = scaled_rows(model, values, valid)
+    sensors = []
+    for i, own in enumerate(np.flatnonzero(a["judged"])):
+        rows = {}
+        for code in np.flatnonzero(a["table"][i] >= 0):
+            k = a["table"][i, code]
+            rows[int(code)] = {"lo": a["lo"][k].copy(), "hi": a["hi"][k].copy()}
+            if "maps" in a:
+                rows[int(code)] |= {"map": a["maps"][k].copy(), "spread": list(a["spread"][k]),
+                                    "limit": a["limit"][k], "slack": a["slack"][k]}
+        for t in judged_instants(gap, valid, own, step):
+            w, ok = extend(z, valid, t, own, a["partners"][i], step)
+            q = [level_of(values[s, own], a["edges"][i]) for s in (t, t + step)]
+            row = rows.get(q[0] * levels + q[1])
+            if row is None:
+                near = min(rows, key=lambda c: (abs(c // levels - q[0]) + abs(c % levels - q[1]), c))
+                half = (rows[near]["hi"] - rows[near]["lo"]) / 2 if borrow else 0.0
+                row = {"lo": np.where(ok, w - half, rows[near]["lo"]), "hi": np.where(ok, w + half, rows[near]["hi"])}
+                if "maps" in a:
+                    one = a["general"][i].copy()
+                    one[-1] += map_residual(w, z[t, own], one)
+                    row |= {"map": one, "spread": [0.0, 0.0], "limit": 3 * a["usual"][i], "slack": 0.0}
+                rows[q[0] * levels + q[1]] = row
+            elif 2 * ok.sum() >= len(ok):
+                row["lo"] = np.where(ok, np.minimum(row["lo"], w), row["lo"])
+                row["hi"] = np.where(ok, np.maximum(row["hi"], w), row["hi"])
+                if "maps" in a and ok.all():
+                    adapt_map(row, w, z[t, own])
+        sensors.append(rows)
+    return sensors
+
+
+def adapt_map(row, w, x):
+    """One vector declared normal, on one map (see `adapt`); 1e-9 is the margin for rounding."""
+    error = map_residual(w, x, row["map"])
+    union = [min(row["spread"][0], error), max(row["spread"][1], error)]
+    if abs(error) - row["slack"] > row["limit"] + 1e-9:
+        if union[1] - union[0] <= 2 * row["limit"]:
+            middle = sum(union) / 2
+            row["map"][-1] += middle
+            row["spread"] = [union[0] - middle, union[1] - middle]
+            row["slack"] += abs(middle) if row["slack"] > 0 else 0.0
+        else:
+            row["slack"] = abs(error) - row["limit"]
+    elif abs(error) <= row["limit"]:
+        row["spread"] = union
+
+
+def whole_vectors(model, i, own, z, valid, record):
+    """{code: centred unit vectors, float[m, n_e]} of the judged instants whose components are all valid."""
+    a, p, found = model.arrays, model.params, {}
+    for t in judged_instants(record.gap, valid, own, p["step"]):
+        w, ok = extend(z, valid, t, own, a["partners"][i], p["step"])
+        centred, norm = centre(w)
+        if ok.all() and norm >= 1e-9:
+            q = [level_of(record.values[s, own], a["edges"][i]) for s in (t, t + p["step"])]
+            found.setdefault(q[0] * p["levels"] + q[1], []).append(centred / norm)
+    return {code: np.array(unit) for code, unit in found.items()}

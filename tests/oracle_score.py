@@ -11,7 +11,10 @@ import math
 import numpy as np
 
 SAME, DIFFERENCE, SINE, COSINE = 0, 1, 2, 3
-CAP = 12.0
+SURPRISE, SQUARE, PLAIN = 0, 1, 2
+SURPRISE_CAP, ENERGY_CAP = 30.0, 1000.0
+FLOOR = 0.01  # under every logarithm of a mean
+REPORT = 100  # rows over which residuals are told
 
 
 # -- columns ----------------------------------------------------------------------------------------------------
@@ -54,53 +57,101 @@ def p_value(x, held_out):
 def surprise(x, grid, level, n, knee, slope):
     """Surprise of a residual from its table: that of the smallest grid entry not below x, or the tail."""
     if x > knee:
-        return min(level[n] + math.log(x / knee) / slope, CAP)
+        return min(level[n] + math.log(x / knee) / slope, SURPRISE_CAP)
     not_below = [level[i] for i in range(n) if grid[i] >= x]
-    return min(not_below[0] if not_below else level[n], CAP)
+    return min(not_below[0] if not_below else level[n], SURPRISE_CAP)
 
 
-def window_rows(gap, t, window):
-    """Rows of the window that ends at t: never reaching over a gap."""
-    return [k for k in range(max(0, t - window + 1), t + 1) if not any(gap[k + 1:t + 1])]
+def energy(r, s, j, calibration):
+    """Energy of a residual of channel j in state s: surprise, square in healthy units, or itself; NaN: no verdict."""
+    c = calibration
+    if s < 0 or math.isnan(r):
+        return math.nan
+    if c.transform[j] == SQUARE:
+        return min((r / c.scale[s, j]) ** 2, ENERGY_CAP)
+    if c.transform[j] == PLAIN:
+        return min(r, ENERGY_CAP)
+    k = c.slot[j]
+    return surprise(r, c.grid[s, k], c.level[s, k], c.used[s, k], c.tail[s, k, 0], c.tail[s, k, 1])
 
 
-def mean_of(entries):
-    """Exactly rounded mean, NaN left out; NaN where nothing is left."""
+def start_of(gap, t):
+    """Row after the last gap: the interval that row t belongs to begins there."""
+    return max([0, *(k for k in range(t + 1) if gap[k])])
+
+
+def filled(k, j, start, residual, state, calibration):
+    """Energy of row k, which may lie before the interval: until a channel has spoken it stands at its healthy mean."""
+    c = calibration
+    if k < start:
+        return c.usual[max(state[start], 0), j]
+    now = energy(residual[k, j], state[k], j, c)
+    spoken = any(not math.isnan(energy(residual[i, j], state[i], j, c)) for i in range(start, k + 1))
+    return now if spoken else c.usual[max(state[k], 0), j]
+
+
+def term(members, window, t, start, residual, state, calibration):
+    """Mean energy over channels and one trailing window; NaN where less than half of it is known."""
+    entries = [filled(k, j, start, residual, state, calibration) for k in range(t - window + 1, t + 1) for j in members]
     known = [x for x in entries if not math.isnan(x)]
-    return math.fsum(known) / len(known) if known else math.nan
+    return math.fsum(known) / len(known) if known and 2 * len(known) >= len(entries) else math.nan
+
+
+def soft(x):
+    """ln(1 + e^x)."""
+    return float(np.logaddexp(0.0, x))
+
+
+def ratio(view, value, limit):
+    """How far a view is towards its limit, 1 = there."""
+    return value if view.role == "fixed" else soft(value) / soft(limit)
+
+
+def counted(view, score):
+    """What a view adds to the score: those beside the leading ones count little below their limit."""
+    return score if view.role == "leading" or score >= 1.0 else score ** 4
 
 
 def score_step(residual, gap, state, t, calibration):
-    """Row t of a record: (stat float64[n_groups, n_windows], out float64[6])."""
-    c = calibration
-    n_channels = len(c.channels)
-
-    def surprise_at(k, j):
-        s, r = state[k], residual[k, j]
-        if s < 0 or math.isnan(r):
-            return math.nan
-        return surprise(r, c.grid[s, j], c.level[s, j], c.used[s, j], c.tail[s, j, 0], c.tail[s, j, 1])
-
-    stat = np.full((len(c.groups), len(c.windows)), np.nan)
-    out = np.array([np.nan, -1.0, -1.0, np.nan, np.nan, np.nan])
-    for w, window in enumerate(c.windows):
-        rows = window_rows(gap, t, int(window))
-        for g in range(len(c.groups)):
-            members = [j for j in range(n_channels) if c.group[j] == g]
-            entries = [surprise_at(k, j) for k in rows for j in members]
-            known = sum(not math.isnan(x) for x in entries)
-            if known and 2 * known >= len(members) * window:  # half of what the window can hold
-                stat[g, w] = mean_of(entries)
-            ratio = stat[g, w] / c.limit[state[t], g, w] if state[t] >= 0 else math.nan
-            if ratio >= 0 and not out[0] >= ratio:
-                out[:3] = ratio, g, w
-    rows = window_rows(gap, t, int(c.windows[0]))
-    for kind in range(3):
-        out[3 + kind] = mean_of([residual[k, j] for k in rows for j in range(n_channels) if c.kind[j] == kind])
-    return stat, out
+    """Row t of a record: (terms float64[n_terms], values float64[n_views], out float64[6])."""
+    c, s, start = calibration, state[t], start_of(gap, t)
+    terms, values = [], []
+    best, lead, slow = math.nan, -1.0, math.nan
+    at = 0
+    for v, view in enumerate(c.views):
+        own = [term(group, int(c.windows[w]), t, start, residual, state, c) for group, w in view.terms]
+        weights = c.weight[s, at:at + len(own)]
+        at += len(own)
+        terms += own
+        if s < 0 or any(math.isnan(x) for x in own):
+            values.append(math.nan)
+            continue
+        if view.role == "fixed":
+            values.append(sum(own))
+        else:
+            squares = any(c.transform[j] == SQUARE for group in view.groups for j in group)
+            parts = [math.log(x + FLOOR) if squares else x for x in own]  # a surprise is a logarithm already
+            values.append(math.fsum(w * x for w, x in zip(weights, parts, strict=True)) - c.offset[s, v])
+        score = ratio(view, values[-1], c.limit[s, v])
+        if view.role == "lamp":
+            slow = score
+        elif not best >= counted(view, score):
+            best, lead = counted(view, score), float(v)
+    spoken = any(not math.isnan(energy(residual[k, j], state[k], j, c))
+                 for k in range(start, t + 1) for j in range(len(c.channels)))
+    if not spoken:
+        best, lead, slow = math.nan, -1.0, math.nan
+    told = range(max(start, t - min(REPORT, int(max(c.windows))) + 1), t + 1)
+    out = [best, lead, slow]
+    for kind in ("trans", "bound", "conf"):
+        known = [residual[k, j] for k in told for j, channel in enumerate(c.channels)
+                 if channel.kind == kind and not math.isnan(residual[k, j])]
+        out.append(math.fsum(known) / len(known) if known else math.nan)
+    return np.array(terms), np.array(values), np.array(out)
 
 
 def score_rows(residual, gap, state, calibration):
-    """All rows: (stats float64[n, n_groups, n_windows], outs float64[n, 6])."""
+    """All rows: (outs float64[n, 6], terms float64[n, n_terms], values float64[n, n_views])."""
     rows = [score_step(residual, gap, state, t, calibration) for t in range(len(residual))]
-    return np.array([stat for stat, _ in rows]), np.array([out for _, out in rows])
+    terms, values, outs = (np.array(part) for part in zip(*rows, strict=True))
+    return outs, terms, values

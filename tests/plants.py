@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from opcua_detector.api import Cause, Channel, Float64, Int64, MethodModel, Record, Tag, UInt8
+from opcua_detector.api import Cause, Channel, Float64, Int64, Method, MethodModel, Plugin, Record, Tag, UInt8
 from opcua_detector.detectors.onnx_model import OnnxParams, OnnxPlugin
+from opcua_detector.detectors.regression import RegressionParams, RegressionPlugin
 from opcua_detector.detectors.transition import TransitionParams, TransitionPlugin
 from opcua_detector.engine import AlertSettings, Engine, Monitor, frames_of
 from opcua_detector.errors import ModelTagsError
@@ -125,13 +127,13 @@ def lorenz_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) 
 
 @cache
 def _sharp_model() -> NormalityModel:
-    """The shared Lorenz model with its limit at 1.5 times what 5000 fresh healthy rows reach."""
+    """The shared Lorenz model with the limit of each view at 1.5 times what 5000 fresh healthy rows reach."""
     model, _ = lorenz_fit()
     record = lorenz_rows(5000, 2)
     method = TransitionPlugin().open(model.methods[0], model.plan.columns)
-    stats, _ = model.calibration.score_rows(
-        method.residuals(model.plan.prepare(record)), record.gap, np.zeros(len(record), np.int64))
-    limit = 1.5 * np.nanmax(stats, axis=0)[None]
+    _, _, values = model.calibration.scorer().rows(
+        method.residuals(model.plan.prepare(record)), record.gap, np.zeros(len(record), np.int64), details=True)
+    limit = 1.5 * np.nanmax(values, axis=0)[None]
     return replace(model, calibration=replace(model.calibration, limit=limit))
 
 
@@ -141,19 +143,41 @@ def sharp_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) -
     return Monitor("lorenz", model, [TransitionPlugin().open(model.methods[0], model.plan.columns)], tags, alert)
 
 
+def automatic_methods() -> list[tuple[str, Plugin, Any]]:
+    """The methods that `auto` stands for."""
+    return [("regression", RegressionPlugin(), RegressionParams()),
+            ("transition", TransitionPlugin(), TransitionParams())]
+
+
+def automatic_fit(record: Record, **more: Any) -> tuple[NormalityModel, FitReport]:
+    """A fit with the default configuration: `methods: [auto]`."""
+    return fit_monitor("auto", record, automatic_methods(), only_nonlinear=["transition"], **more)
+
+
+def opened(model: NormalityModel) -> list[Method]:
+    """The methods of a model, opened."""
+    plugins = {"regression": RegressionPlugin, "transition": TransitionPlugin, "onnx": OnnxPlugin,
+               "deviation": DeviationPlugin}
+    return [plugins[m.plugin]().open(m, model.plan.columns) for m in model.methods]
+
+
+def monitor_of(
+    model: NormalityModel, tags: Sequence[Tag], alert: AlertSettings = AlertSettings(),  # noqa: B008 - frozen
+) -> Monitor:
+    """A fresh monitor on a model, for frames of these tags."""
+    return Monitor(model.monitor, model, opened(model), tags, alert)
+
+
 @cache
-def _both_methods() -> NormalityModel:
-    methods = [("transition", TransitionPlugin(), TransitionParams()),
-               ("onnx", OnnxPlugin(), OnnxParams(model="bundled:lorenz"))]
-    return fit_monitor("lorenz", lorenz_rows(40_000, 1), methods)[0]
+def product_fit() -> NormalityModel:
+    """The model of `configs/lorenz.yaml`: the default methods and the bundled graph, 40 000 healthy rows."""
+    methods = [*automatic_methods(), ("onnx", OnnxPlugin(), OnnxParams(model="bundled:lorenz"))]
+    return fit_monitor("lorenz", lorenz_rows(40_000, 1), methods, only_nonlinear=["transition"])[0]
 
 
 def product_monitor(tags: Sequence[Tag]) -> Monitor:
-    """A monitor as `configs/lorenz.yaml` makes it: both methods, their limit, 40 000 healthy rows."""
-    model = _both_methods()
-    columns = model.plan.columns
-    methods = [TransitionPlugin().open(model.methods[0], columns), OnnxPlugin().open(model.methods[1], columns)]
-    return Monitor("lorenz", model, methods, tags)
+    """A monitor as `configs/lorenz.yaml` makes it, with the limits that its fit set."""
+    return monitor_of(product_fit(), tags)
 
 
 def deviation_monitor(

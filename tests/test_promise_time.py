@@ -94,7 +94,7 @@ def auc(one: Source, healthy: Record, tested: Record, seen: tuple[str, ...], *, 
     opened = [plugin.open(fitted, model.plan.columns)
               for (_, plugin, _), fitted in zip(methods, model.methods, strict=True)]
     residual = np.concatenate([method.residuals(columns) for method in opened], axis=1)
-    _, out = model.calibration.score_rows(residual, columns.gap, np.zeros(len(columns), np.int64))
+    out = model.calibration.score_rows(residual, columns.gap, np.zeros(len(columns), np.int64))
     known = np.isfinite(out[:, 0])
     assert known.mean() > 0.7
     return roc_auc_score(tested.truth[known], out[known, 0])

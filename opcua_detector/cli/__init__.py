@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DetectorError
-from . import demo, offline, online
+from . import assess, demo, offline, online
 from .terminal import EXIT_INTERRUPTED, err, fail
 
 TRACEBACK = "OPCUA_DETECTOR_TRACEBACK"  # set to 1: an unexpected failure shows where it happened
@@ -67,6 +67,8 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (offline.fit, "Learn what is normal from a healthy record."),
     (online.run, "Run the monitors: the service itself."),
     (offline.replay, "Run the engine over a recording or a CSV."),
+    (assess.evaluate, "Say what the alarms are worth, best against ground truth."),
+    (assess.report, "Write what happened as one HTML page with plots."),
     (offline.models, "List the models of a config."),
     (offline.nodeset, "Write the NodeSet2 file with the result nodes."),
     (offline.schema, "Print the JSON Schema of the configuration."),

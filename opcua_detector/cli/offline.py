@@ -23,6 +23,7 @@ from ..errors import ConfigError, DetectorError, RecordError
 from ..frames import record_from_columns
 from ..model import load as load_model
 from ..nodes import TOP, nodeset_xml
+from ..parts import PartMonitor, as_part_monitor
 from ..store import Store
 from .terminal import (
     AsJson,
@@ -206,6 +207,11 @@ def replay(
         err.print(f"[bold]{result['monitor']}[/]: {result['rows']} rows, {result['scored']} scored, "
                   f"{len(result['alerts'])} alerts; score median {cell(result['score_p50'])}, "
                   f"99 % below {cell(result['score_p99'])}")
+        if "parts" in result:
+            bad = [p for p in result["parts"] if p["explanation"]]
+            err.print(f"  {len(result['parts'])} whole parts, {len(bad)} of them bad", markup=False)
+            for p in bad:
+                err.print(f"  {p['to']}: {p['explanation']}", markup=False)
     alerts = [alert for result in results for alert in result["alerts"]]
     if alerts and not as_json:
         show(table("", ["monitor", "raised", "cleared", "peak", "explanation"],
@@ -232,6 +238,9 @@ def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None, 
                                    "raised": clock(frame.source_ns), "cleared": None, "peak_score": verdict.score,
                                    "top_tag": _top_tag(monitors[m]), "explanation": told.sentence,
                                    "causes": [asdict(cause) for cause in told.causes[:TOP]]})
+                judge = as_part_monitor(monitors[m])
+                if judge is not None and judge.part_ended:
+                    _add_part(results[m], judge)
                 if verdict.alert and verdict.score > alerts[-1]["peak_score"]:
                     alerts[-1]["peak_score"] = verdict.score
                 if verdict.cleared:
@@ -246,6 +255,19 @@ def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None, 
         if scores is not None:
             _write_scores(scores, record, kept[:, m], monitors[m].name, append=append or m > 0)
     return [plain(result) for result in results]
+
+
+def _add_part(result: dict[str, Any], monitor: PartMonitor) -> None:
+    """Add the verdict on the part that just ended; the alert that it ends with is told by the first whole part."""
+    part = monitor.last_part()
+    result.setdefault("parts", []).append({
+        "part": part.number, "from": clock(part.begin_ns), "to": clock(part.end_ns), "score": part.score,
+        "top_tag": part.top_tag, "phase": part.phase, "explanation": part.sentence})
+    alerts = result["alerts"]
+    if part.sentence and monitor.verdict.alert and alerts and "part" not in alerts[-1]:
+        told = monitor.explain(monitor.snapshot())
+        alerts[-1] |= {"part": part.number, "top_tag": part.top_tag, "explanation": part.sentence,
+                       "causes": [asdict(cause) for cause in told.causes[:TOP]]}
 
 
 def _top_tag(monitor: Monitor) -> str:

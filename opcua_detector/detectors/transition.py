@@ -5,15 +5,18 @@ time-series of industrial dynamical systems" (2024).
 
 A sensor i is a judged column. Its transition at t is the pair of levels (q_t, q_{t+step}); each transition
 has bounds on the extended vector w_t and a reduced set of its shapes. Row n judges the instant t = n - step.
-Three channels per sensor:
+Four channels per sensor:
 
     trans   1 where the transition was never seen (eq. 22)
     bound   mean excess of the components of w_t over their bounds, in widths (eq. 23, 24)
     conf    1 - largest correlation of w_t with the kept vectors (eq. 25)
+    affine  distance of s_t from what the affine map of this transition predicts from the rest of w_t, in
+            healthy standard deviations of the sensor (ours: section 3.4 of the design; not in `faithful`)
 
-Masks: a sensor that is not valid at t or t + step gets NaN on its three channels; any other value that is not
-valid is left out of bound and conf, which are NaN only where fewer than half of the components are left. So a
-Bad tag changes `trans` of no other sensor, and `bound` and `conf` of the others by its own components alone.
+Masks: a sensor that is not valid at t or t + step gets NaN on all its channels; any other value that is not
+valid is left out of bound and conf and counts as its healthy mean in affine; these three are NaN only where
+fewer than half of the components are left. So a Bad tag changes `trans` of no other sensor, and the other
+channels of the others by its own components alone.
 """
 
 from __future__ import annotations
@@ -28,11 +31,13 @@ from numpy.typing import NDArray
 
 from opcua_detector.api import Cause, Channel, Float64, Int64, MethodModel, Record, Tag, UInt8
 from opcua_detector.detectors.transition_explain import explain_rows
-from opcua_detector.detectors.transition_fit import describe_columns, learn
+from opcua_detector.detectors.transition_fit import configure, describe_columns, learn
 from opcua_detector.errors import ConfigError, ModelTagsError, RecordError
 from opcua_detector.kernels.transition import MEMORY_HEADER, forget, score_rows
 
 KINDS: Final = ("trans", "bound", "conf")
+"""The paper's residuals, in the order of the channels; `AFFINE` comes after them where the model has maps."""
+AFFINE: Final = "affine"
 _ONE_ROW: Final = 1
 
 
@@ -40,41 +45,53 @@ _ONE_ROW: Final = 1
 class TransitionParams:
     """Parameters of the method `transition`.
 
-    levels : int; levels of the quantiser (the paper's n_q)
+    levels : int; levels of the quantiser (the paper's n_q); 0 = automatic: of 8 .. 60 those with the lowest
+        held-out affine residual among those with few unseen transitions (`configure`; faithful: 20)
     step : int, rows; duration of a transition (the paper's Delta); verdicts trail by as many rows
     eta : float in 0..1; kept vectors of a transition are pairwise less correlated than this
     nu : float; exponent of the excess over a bound
     eps : float, scaled units; added to the width of every bound
     max_vectors : int; vectors kept per transition at most, the least covered first; 0 = no cap
-    partners : int; other columns that a sensor sees; 0 = all up to 16 columns, else the 16 most correlated
+    partners : int; other columns that a sensor sees; 0 = all up to 16 columns, else the 6 most correlated
+    affine : bool; also predict each sensor by an affine map per transition
+    affine_ridge : float, scaled units; how strongly those maps are drawn to the sensor's general one; 0 =
+        automatic: of 1e-8 .. 1e2 the one with the lowest held-out residual
     faithful : bool; the paper's variants: raw values, remover by absolute correlation in order of time, no
-        cap, all columns (unless `partners` says otherwise)
+        cap, all columns (unless `partners` says otherwise), no affine maps
 
     Notes
     -----
-    levels, eta, nu, eps: section 2 of the design. step 10 and 20 tie on healthy rows of the two simulated
+    The parameters of a fitted model hold what was chosen, so that TransitionParams(**model.params) repeats it.
+    eta, nu, eps: section 2 of the design. step 10 and 20 tie on healthy rows of the two simulated
     processes (`tests/benchmarks/bench_transition.py --steps`: held-out unseen transitions .21 % / .16 % on
     lorenz, .08 % / .10 % on the throttle), so the shorter lag is the default.
     """
 
-    levels: int = 20
+    levels: int = 0
     step: int = 10
     eta: float = 0.99
     nu: float = 1.0
     eps: float = 1e-2
     max_vectors: int = 32
     partners: int = 0
+    affine: bool = True
+    affine_ridge: float = 0.0
     faithful: bool = False
 
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, bool, str], ...] = (
-            ("levels", _whole(self.levels) and 2 <= self.levels <= 256, "a whole number of 2 .. 256"),
+            ("levels", _whole(self.levels) and (self.levels == 0 or 2 <= self.levels <= 256),
+             "a whole number of 2 .. 256, 0 = automatic"),
             ("step", _whole(self.step) and 1 <= self.step <= 10_000, "a whole number of rows, 1 .. 10000"),
             ("eta", _number(self.eta) and 0.0 < self.eta <= 1.0, "a number above 0, at most 1"),
             ("nu", _number(self.nu) and 0.0 < self.nu <= 4.0, "a number above 0, at most 4"),
             ("eps", _number(self.eps) and 0.0 < self.eps <= 1e6, "a number above 0 (scaled units)"),
             ("max_vectors", _whole(self.max_vectors) and self.max_vectors >= 0, "a whole number, 0 = no cap"),
             ("partners", _whole(self.partners) and self.partners >= 0, "a whole number, 0 = automatic"),
+            ("affine", isinstance(self.affine, bool), "true or false"),
+            ("affine_ridge", _number(self.affine_ridge) and (self.affine_ridge == 0.0 or
+                                                             1e-9 <= self.affine_ridge <= 1e9),
+             "a number of 1e-9 .. 1e9, 0 = automatic"),
             ("faithful", isinstance(self.faithful, bool), "true or false"),
         )
         for key, ok, expected in checks:
@@ -101,7 +118,7 @@ class TransitionPlugin:
     learns = True
 
     def fit(self, record: Record, params: TransitionParams) -> MethodModel:
-        """Learn transitions, bounds and vectors from healthy rows.
+        """Learn transitions, bounds, vectors and maps from healthy rows; choose what is automatic.
 
         Raises
         ------
@@ -111,12 +128,17 @@ class TransitionPlugin:
         Notes
         -----
         Arrays of the model (n_columns, n_sensors judged ones, n_rows transitions, n_e components):
-        judged uint8[n_columns]; mean, inverse, tolerance, low, high float64[n_columns];
+        judged uint8[n_columns]; mean, inverse, tolerance, resolution, low, high float64[n_columns];
         edges float64[n_sensors, levels - 1], engineering units; partners int32[n_sensors, n_seen];
         table int32[n_sensors, levels**2] -> row or -1; lo, hi float64[n_rows, n_e], scaled;
         vectors float32[n_v, n_e], centred, unit norm; pointers int32[n_rows + 1] into them;
         cover float32[n_rows], largest distance (1 - correlation) of a training vector from the kept ones;
-        instants int64[n_rows], how many there were.
+        instants int64[n_rows], how many there were. With affine, scaled units:
+        maps float64[n_rows, n_e + 1], coefficients (0 for s_t itself) and constant; general
+        float64[n_sensors, n_e + 1], the map for unseen transitions; spread float64[n_rows, 2], smallest and
+        largest healthy error; limit float64[n_rows], how far an error may go in healthy operation; slack
+        float64[n_rows], what feedback takes off the error (0); usual float64[n_sensors], held-out root mean
+        square error (the largest 1 % clipped).
         """
         judged = np.array([tag.judged for tag in record.tags], dtype=np.uint8)
         if not judged.any():
@@ -125,6 +147,7 @@ class TransitionPlugin:
                 next_step="give the monitor at least one tag of kind measured, counter or angle",
             )
         columns = describe_columns(record, params.eps, params.faithful)
+        params = dataclasses.replace(params, **configure(record, params, judged, columns))
         arrays = learn(record, params, judged, columns)
         return MethodModel(
             plugin=self.name, columns=tuple(tag.name for tag in record.tags), period_ns=record.period_ns,
@@ -160,7 +183,9 @@ class TransitionMethod:
         self._cols = np.array([at[name] for name in model.columns], dtype=np.int32)
         self._width = len(columns)
         judged = [name for name, one in zip(model.columns, model.arrays["judged"], strict=True) if one]
-        self.channels = tuple(Channel(name, name, kind) for kind in KINDS for name in judged)
+        # by the arrays, not the parameters: a model of a version without maps stays what it was
+        kinds = (*KINDS, AFFINE) if "maps" in model.arrays else KINDS
+        self.channels = tuple(Channel(name, name, kind) for kind in kinds for name in judged)
         self.lag = self.params.step
         self.memory = 2 * self.params.step
         self.residual: Float64 = np.full(len(self.channels), np.nan)
@@ -173,14 +198,18 @@ class TransitionMethod:
         a = self.model.arrays
         n_sensors, n_seen = a["partners"].shape
         p = self.params
-        head = np.array([len(self._cols), n_sensors, n_seen, p.step, p.levels, a["lo"].shape[0]])
-        own, bounds = np.flatnonzero(a["judged"]), np.hstack([a["lo"], a["hi"]])
+        affine = "maps" in a
+        head = np.array([len(self._cols), n_sensors, n_seen, p.step, p.levels, a["lo"].shape[0], affine])
+        own = np.flatnonzero(a["judged"])
+        rows = np.hstack([a["lo"], a["hi"], a["maps"], a["slack"][:, None]] if affine else [a["lo"], a["hi"]])
         ints: list[NDArray[Any]] = [
             head, self._cols, own, a["partners"].ravel(), a["table"].ravel(), a["pointers"],
         ]
         floats: list[NDArray[Any]] = [
-            np.array([p.nu]), a["mean"], a["inverse"], a["tolerance"], a["edges"].ravel(), bounds.ravel(),
+            np.array([p.nu]), a["mean"], a["inverse"], a["tolerance"], a["edges"].ravel(), rows.ravel(),
         ]
+        if affine:
+            floats.append(a["general"].ravel())
         return (
             np.concatenate(ints).astype(np.int32), np.concatenate(floats).astype(np.float64),
             np.require(a["vectors"].ravel(), np.float32, ["C", "W"]),
@@ -237,8 +266,8 @@ class TransitionMethod:
         -----
         Source: eq. 22, 23, 24, 25.
         """
-        residuals = self.residuals(record)
-        n_sensors = len(self.channels) // len(KINDS)
+        n_sensors = int(self._ints[1])
+        residuals = self.residuals(record)[:, : len(KINDS) * n_sensors]
         known = np.isfinite(residuals)
         total = np.where(known, residuals, 0.0).reshape(-1, len(KINDS), n_sensors).sum(axis=2)
         count = known.reshape(-1, len(KINDS), n_sensors).sum(axis=2)

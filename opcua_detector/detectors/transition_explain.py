@@ -1,12 +1,14 @@
 """Turns the residuals of the transition method into ranked causes: which tag, against which other, when.
 
-Evidence makes the three kinds comparable; per sensor i and instant t each is in 0..1:
+Evidence makes the kinds comparable; per sensor i and instant t each is in 0..1:
 
     trans   1 for a transition that was never seen (its conf, 1 by rule, is not counted again)
     bound   a / (1 + a), a = largest excess over a bound in widths; shared among the components by excess
     conf    (r - h) / 2, r = sqrt(2 conf) = |w - v| the distance from the nearest kept shape (centred unit
             vectors: 2 is the opposite shape), h the same for the farthest healthy vector of this transition;
             shared among the components by their part in |w - v|^2
+    affine  a / (1 + a), a = how far s_t lies outside of its normal range, in half widths of that range: the
+            prediction -+ 3 held-out rms, or as far as it went in healthy data; speaks against sensor i itself
 
 A cause's share is its evidence summed over the window, over all evidence in the window.
 
@@ -39,7 +41,7 @@ class _Rows(NamedTuple):
     valid : bool[m, n_columns]
     t : int64[k], judged instants
     source_ns : int64[m]
-    residuals : float64[k, 3, n_sensors]
+    residuals : float64[k, n_kinds, n_sensors]
     """
 
     raw: Float64
@@ -66,16 +68,16 @@ def explain_rows(
     window : int, rows
     """
     a, step = model.arrays, int(model.params["step"])
+    judged = np.flatnonzero(a["judged"])
     newest = np.arange(max(2 * step - 1, raw.shape[0] - window), raw.shape[0])
     if newest.size == 0:
         return []
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = np.where(valid, (raw - a["mean"]) * a["inverse"], 0.0).clip(-LARGEST, LARGEST)
-    rows = _Rows(
-        raw, scaled, valid, newest - step, source_ns, residuals[newest].reshape(newest.size, 3, -1)
-    )
+    by_kind = residuals[newest].reshape(newest.size, -1, judged.size)
+    rows = _Rows(raw, scaled, valid, newest - step, source_ns, by_kind)
     found: list[tuple[float, Cause]] = []
-    for i, own in enumerate(np.flatnonzero(a["judged"])):
+    for i, own in enumerate(judged):
         found += _sensor_causes(model, rows, i, int(own))
     total = sum(weight for weight, _ in found)
     causes = [replace(cause, share=weight / total) for weight, cause in found]
@@ -110,6 +112,8 @@ def _sensor_causes(model: MethodModel, rows: _Rows, i: int, own: int) -> list[tu
             model, rows, i, "conf", before, after, row, unlike[worst],
             lambda *w: _shape_parts(model, row[unlike[worst]], *w) * weight[:, None],
         )
+    if rows.residuals.shape[1] > 3:
+        found += _affine_cause(model, rows, i, own, before, after, row)
     return found
 
 
@@ -136,6 +140,32 @@ def _unseen_cause(
         normal_high=high, other=name, **_situation(model, i, int(before[at]), int(after[at])),
         source_ns=int(rows.source_ns[rows.t[at] + step]), seen=False,
     )
+
+
+def _affine_cause(
+    model: MethodModel, rows: _Rows, i: int, own: int, before: Int64, after: Int64, row: Int64
+) -> list[tuple[float, Cause]]:
+    """Return the cause of the instant at which sensor i is farthest outside of its normal range, or none."""
+    a, step = model.arrays, int(model.params["step"])
+    error = np.where(row >= 0, rows.residuals[:, 3, i], np.nan)
+    # a little more than reached in healthy data, since sums differ in the last digits
+    limit = a["limit"][row] * (1.0 + 1e-9) + 1e-12
+    off = np.flatnonzero(error > limit)
+    if off.size == 0:
+        return []
+    excess = np.minimum((error[off] - limit[off]) / limit[off], 1e9)
+    k = int(off[np.argmax(excess)])
+    half = float(limit[k] + a["slack"][row[k]])
+    t = int(rows.t[k])
+    w = np.concatenate([rows.scaled[t, a["partners"][i]], rows.scaled[t - step + 1 : t, own]])
+    predicted = float(w @ a["maps"][row[k], :-1] + a["maps"][row[k], -1])
+    name = model.columns[own]
+    cause = Cause(
+        name, "affine", 0.0, observed=float(rows.raw[t, own]), normal_low=_raw(a, own, predicted - half),
+        normal_high=_raw(a, own, predicted + half), other=name,
+        **_situation(model, i, int(before[k]), int(after[k])), source_ns=int(rows.source_ns[t]),
+    )
+    return [(float((excess / (1.0 + excess)).sum()), cause)]
 
 
 def _column_causes(

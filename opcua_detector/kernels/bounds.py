@@ -1,15 +1,16 @@
-"""Kernel that learns the normality parameters of one sensor: bounds and reduced vectors of each transition.
+"""Kernels that learn the normality parameters of one sensor, bounds and reduced vectors of each transition.
 
-Source: M. Alamir, R. Dion (2024), eq. 15 (bounds), 7, 18 and 19 (reduced vectors).
+Source: M. Alamir, R. Dion (2024), eq. 15 (bounds), 7, 18 and 19 (reduced vectors), 14 and 17 (feedback).
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import njit
 
-from opcua_detector.kernels.transition import SMALLEST_NORM, SUM_FLAGS, Array
+from opcua_detector.kernels.transition import SMALLEST_NORM, SUM_FLAGS, Array, map_residual
 
 
 @njit("f8(f4[:, ::1], i8, i8)", cache=True, fastmath=SUM_FLAGS)
@@ -21,16 +22,18 @@ def row_dot(unit: Array, a: int, b: int) -> float:
     return total
 
 
-@njit("i8(f4[:, ::1], i8, f8, i8, b1, b1, f8[::1], i4[::1])", cache=True, nogil=True)
+@njit("i8(f4[:, ::1], i8, i8, f8, i8, b1, b1, f8[::1], i4[::1])", cache=True, nogil=True)
 def reduce_vectors(
-    unit: Array, n: int, eta: float, most: int, farthest: bool, absolute: bool, best: Array, kept: Array
+    unit: Array, n: int, given: int, eta: float, most: int, farthest: bool, absolute: bool, best: Array,
+    kept: Array,
 ) -> int:
     """Choose vectors that are pairwise less than eta correlated and to which all others are at least eta.
 
     Parameters
     ----------
     unit : float32[>= n, n_e], centred rows of unit norm, in order of time
-    eta : float64; most : int, largest number to keep
+    given : int; the first so many are kept in any case, though they may be correlated
+    eta : float64; most : int, largest number to keep, not below `given`
     farthest : take the least covered vector next (else the first one in time that is not covered, which is
         the paper's order); the first vector is always kept
     absolute : correlation without its sign
@@ -43,7 +46,8 @@ def reduce_vectors(
 
     Notes
     -----
-    Source: eq. 18 and 19 (remover). With `most` reached the covering is what farthest-first gives.
+    Source: eq. 18 and 19 (remover), 20 and 21 (with those kept before given). With `most` reached the covering
+    is what farthest-first gives.
     """
     if n == 0:
         return 0
@@ -68,6 +72,9 @@ def reduce_vectors(
             if best[k] < lowest:
                 following = k
                 lowest = best[k] if farthest else -3.0
+        if n_kept < given:
+            chosen = n_kept
+            continue
         if following < 0 or n_kept >= most:
             return n_kept
         chosen = following
@@ -152,7 +159,7 @@ def learn_sensor(
     pointers[0] = 0
     for row in range(starts.size - 1):
         n = learn_bounds(scaled, partners, own, step, order, starts[row], starts[row + 1], bounds, row, unit)
-        n_kept = reduce_vectors(unit, n, eta, most if most > 0 else n, farthest, absolute, best, kept)
+        n_kept = reduce_vectors(unit, n, 0, eta, most if most > 0 else n, farthest, absolute, best, kept)
         for v in range(n_kept):
             for k in range(unit.shape[1]):
                 vectors[n_v, k] = unit[kept[v], k]
@@ -167,3 +174,152 @@ def learn_sensor(
         cover[row] = 1.0 - lowest
         pointers[row + 1] = n_v
     return n_v
+
+
+@njit("f8(f4[:, ::1], i8, i8)", cache=True, nogil=True)
+def lowest_correlation(unit: Array, n_kept: int, n: int) -> float:
+    """Return the lowest, over the rows [n_kept, n), of the largest signed correlation with the first n_kept rows.
+
+    unit : float32[>= n, n_e], centred rows of unit norm; 1 where no row is left
+    """
+    lowest = 1.0
+    for k in range(n_kept, n):
+        best = -1.0
+        for v in range(n_kept):
+            best = max(best, row_dot(unit, v, k))
+        lowest = min(lowest, best)
+    return lowest
+
+
+@njit("i8(i4[::1], i8, i8)", cache=True, nogil=True)
+def nearest_code(table: Array, levels: int, code: int) -> int:
+    """Return the code of the seen transition nearest to `code` by L1 on (before, after), the lowest one of equals.
+
+    table : int32[levels**2], -1 = not seen; -1 is returned where none is seen
+    """
+    before = code // levels
+    after = code % levels
+    nearest, least = -1, 2 * levels
+    for other in range(table.size):
+        if table[other] >= 0:
+            distance = abs(other // levels - before) + abs(other % levels - after)
+            if distance < least:
+                nearest, least = other, distance
+    return nearest
+
+
+@njit("void(f8[::1], f8, f8[::1], f8[:, ::1], f8[::1], f8[::1], i8, u1[:, ::1])", cache=True, nogil=True)
+def adapt_map(
+    w: Array, x: float, one_map: Array, spread: Array, limit: Array, slack: Array, row: int, changed: Array
+) -> None:
+    """Make the affine error of one vector, declared normal, normal: move the map's offset, else raise the slack.
+
+    Parameters
+    ----------
+    w, x : float64[n_e], extended vector, and s_t, scaled
+    one_map : float64[n_e + 1], changed in its last entry
+    spread : float64[n_rows, 2], changed: errors that must stay within -+ limit (healthy ones and these)
+    limit, slack : float64[n_rows]; slack is changed
+    changed : uint8[n_rows, 4]; [row, 2] and [row, 3] are set where offset and slack are changed
+
+    Notes
+    -----
+    The offset goes to the middle of the errors to be normal, if they all fit into -+ limit then; so it never
+    drifts further than healthy errors allow. What does not fit is taken off the error as slack, which is what
+    widening (17) is to bounds. A margin of 1e-9 keeps a second pass from changing the last digits.
+    """
+    margin = 1e-9
+    error = map_residual(w, 0, x, one_map, 0, w.size)
+    if abs(error) - slack[row] > limit[row] + margin:
+        low = min(spread[row, 0], error)
+        high = max(spread[row, 1], error)
+        if high - low > 2.0 * limit[row]:
+            slack[row] = abs(error) - limit[row]
+            changed[row, 3] = 1
+            return
+        move = 0.5 * (low + high)
+        one_map[w.size] += move
+        spread[row, 0] = low - move
+        spread[row, 1] = high - move
+        if slack[row] > 0.0:  # what it covers may have moved away by as much
+            slack[row] += abs(move)
+        changed[row, 2] = 1
+    elif abs(error) <= limit[row]:
+        if error < spread[row, 0] - margin:
+            spread[row, 0] = error
+        if error > spread[row, 1] + margin:
+            spread[row, 1] = error
+
+
+@njit("void(f8[:, ::1], u1[:, ::1], i4[::1], i8, i8, i8, i8[::1], i8[::1], i4[::1], f8[:, ::1], f8[:, ::1],"
+      " f8[:, ::1], f8[::1], f8[:, ::1], f8[::1], f8[::1], f8, b1, i8, u1[:, ::1])", cache=True, nogil=True)
+def widen_sensor(
+    scaled: Array, valid: Array, partners: Array, own: int, step: int, levels: int, order: Array, codes: Array,
+    table: Array, lo: Array, hi: Array, maps: Array, general: Array, spread: Array, limit: Array, slack: Array,
+    usual_limit: float, borrow: bool, n_rows: int, changed: Array,
+) -> None:
+    """Make the instants of one sensor normal, one after the other: transitions, bounds and maps.
+
+    Parameters
+    ----------
+    scaled, valid : float64 and uint8[n_columns, n]; scaled is 0 where not valid
+    partners, own, step, levels : see `learn_bounds`
+    order, codes : int64[m], instants in order of time and their transitions; `own` is valid at t and t + step
+    table : int32[levels**2], transition -> row or -1; changed
+    lo, hi : float64[room, n_e], scaled; changed; `n_rows` are in use, with room for the new transitions
+    maps, general, spread, limit, slack : see `kernels.affine` and `adapt_map`, float64[room or 0, n_e + 1],
+        [n_e + 1], [room or 0, 2], [room or 0] twice; changed but for general
+    usual_limit : float64, limit of a new transition, scaled
+    borrow : a new transition starts with the widths of the nearest one (else with none)
+    changed : uint8[room, 4], set to 1 where a row is new, its bounds, offset or slack changed
+
+    Notes
+    -----
+    Source: eq. 14 (new transition), 17a and 17b (wider bounds); section 1.7 of the design (start of a new
+    transition). Components that are not valid widen nothing, and a new transition takes the bounds of the
+    nearest one there; a map is moved by whole vectors alone.
+    """
+    n_seen = partners.size
+    n_e = n_seen + step - 1
+    w = np.empty(n_e)
+    used = np.empty(n_e, np.uint8)
+    affine = maps.shape[0] > 0
+    free = n_rows
+    for p in range(order.size):
+        t = order[p]
+        n_used = 0
+        for k in range(n_e):
+            if k < n_seen:
+                w[k] = scaled[partners[k], t]
+                used[k] = valid[partners[k], t]
+            else:
+                w[k] = scaled[own, t - step + 1 + k - n_seen]
+                used[k] = valid[own, t - step + 1 + k - n_seen]
+            n_used += used[k]
+        row = table[codes[p]]
+        if row < 0:
+            near = table[nearest_code(table, levels, codes[p])]
+            row = free
+            free += 1
+            table[codes[p]] = row
+            changed[row, 0] = 1
+            for k in range(n_e):
+                half = 0.5 * (hi[near, k] - lo[near, k]) if borrow else 0.0
+                lo[row, k] = w[k] - half if used[k] else lo[near, k]
+                hi[row, k] = w[k] + half if used[k] else hi[near, k]
+            if affine:
+                maps[row] = general
+                maps[row, n_e] += map_residual(w, 0, scaled[own, t], general, 0, n_e)
+                spread[row] = 0.0
+                limit[row] = usual_limit
+                slack[row] = 0.0
+            continue
+        if 2 * n_used < n_e:
+            continue
+        for k in range(n_e):
+            if used[k] and (w[k] < lo[row, k] or w[k] > hi[row, k]):
+                lo[row, k] = min(lo[row, k], w[k])
+                hi[row, k] = max(hi[row, k], w[k])
+                changed[row, 1] = 1
+        if affine and n_used == n_e:
+            adapt_map(w, scaled[own, t], maps[row], spread, limit, slack, row, changed)

@@ -1,167 +1,278 @@
-"""Kernels of calibration: residual -> surprise -> window means -> fused score, one call per row."""
+"""Kernel of the score: residual -> energy or surprise -> window means -> views -> one score, one call per row.
+
+What a call needs is packed, since each array argument costs about 80 ns (`calibration.Scorer`):
+
+    ints    int64    HEADER numbers (see below), then transform[C], slot[C], kind[C], windows[W], term_first[T],
+                     term_last[T], term_window[T], view_first[V + 1], view_role[V], view_log[V], members[...]
+    tables  float64  [n_states, ...]: scale[C], usual[C], weight[T], offset[V], limit[V], top[V], then per slot
+                     knee, slope, used, grid[K], level[K + 1]
+    ring    float64  [length * C]: energies of the last rows, row after row
+    raw     float64  [report * C]: residuals of the last rows
+    memory  float64  sums[W * C], counts[W * C], fresh[W * C], raw_sum[C], raw_count[C], raw_fresh[C], energy[C],
+                     seen[C], stat[T], value[V]
+    cursor  int64    place in ring, place in raw, rows since the reset
+
+C channels, W windows, T terms, V views, K entries of a grid. A term is the mean over its channels and one window; a
+view is a weighted sum of its terms (of squares: of their logarithms; a surprise is one already), in units of its own
+healthy spread, so that 0 is its healthy median.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any, Final
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
-# Layout of `out` in `score_step`.
-SCORE, LEAD_GROUP, LEAD_WINDOW, TRANS, BOUND, CONF = range(6)
-SURPRISE_CAP = 12.0
+Array = NDArray[Any]
+
+# Layout of `out`.
+SCORE, LEAD, SLOW, TRANS, BOUND, CONF = range(6)
+OUT: Final = 6
+HEADER: Final = 8  # C, W, T, V, slots, K, rows of ring, rows of raw
+SURPRISE, SQUARE, PLAIN = 0, 1, 2  # transforms of a residual
+LEADING, BESIDE, FIXED, LAMP = 0, 1, 2, 3  # roles of a view; a lamp is shown and does not alarm
+SURPRISE_CAP: Final = 30.0
+ENERGY_CAP: Final = 1000.0
+LEAST: Final = 0.01  # added to a mean before the logarithm, so that a flat residual has one
+SHARPNESS: Final = 4.0
+"""A view beside the leading ones counts below its limit by this power only, so that it alarms but does not rank."""
 
 
-@njit("float64(float64, float64[::1], float64[::1], int64, float64, float64)", cache=True)
-def surprise(x, grid, level, n, knee, slope):
+@njit("float64(float64, float64[::1], int64, int64, int64, float64, float64)", cache=True)
+def surprise(x, table, at, n, k, knee, slope):
     """Return -ln p of a residual by the held-out residuals, at most 12.
 
-    grid float64[k] increasing, level float64[k]: surprise where x lies in (grid[i-1], grid[i]]; n: entries in use;
-    knee: residual from which the tail takes over (inf: none); slope: its mean log excess. `detector.md` 3.2:
-    p = (n - #{held-out < x} + 1) / (n + 1), above the knee s = -ln p(knee) + ln(x / knee) / slope.
+    table[at:at + k] increasing grid, table[at + k:at + 2 k + 1] level: surprise where x lies in
+    (grid[i-1], grid[i]]; n: entries in use; knee: residual from which the tail takes over (inf: none); slope: its
+    mean log excess. `detector.md` 3.2: p = (n - #{held-out < x} + 1) / (n + 1), above the knee
+    s = -ln p(knee) + ln(x / knee) / slope.
     """
     if x > knee:
-        value = level[n] + math.log(x / knee) / slope
+        value = table[at + k + n] + math.log(x / knee) / slope
     else:
         lo, hi = 0, n
         while lo < hi:
             mid = (lo + hi) // 2
-            if grid[mid] < x:
+            if table[at + mid] < x:
                 lo = mid + 1
             else:
                 hi = mid
-        value = level[lo]
+        value = table[at + k + lo]
     return min(value, SURPRISE_CAP)
 
 
-@njit("float64(float64[::1], float64[::1], float64[::1], int64, float64, float64)", cache=True)
-def mean_surprise(x, grid, level, n, knee, slope):
-    """Return the mean surprise of residuals float64[m], NaN left out; 0 where nothing is left (see `surprise`)."""
-    acc = 0.0
-    count = 0.0
-    for t in range(x.shape[0]):
-        if not math.isnan(x[t]):
-            acc += surprise(x[t], grid, level, n, knee, slope)
-            count += 1.0
-    return acc / max(count, 1.0)
+@njit("float64(float64)", cache=True)
+def soft(x):
+    """Return ln(1 + exp(x)): positive, increasing, x itself where x is large."""
+    return x if x > 30.0 else math.log1p(math.exp(x))
 
 
-@njit("void(float64[:, :, ::1], float64[:, :, :, ::1], int64[::1])", cache=True)
-def forget(ring, sums, cursor):
-    """Empty the windows after a gap: ring, sums, cursor as in `score_step`."""
-    ring[:] = np.nan
-    sums[:] = 0.0
+@njit("void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1])", cache=True)
+def transform(residual, state, ints, tables, energy):
+    """Write float64[C]: square in healthy units, surprise or the plain residual of each channel; NaN = no verdict."""
+    n, k = ints[0], ints[5]
+    slots_at = 2 * n + ints[2] + 3 * ints[3]
+    for c in range(n):
+        r = residual[c]
+        if state < 0 or math.isnan(r):
+            energy[c] = np.nan
+            continue
+        how = ints[HEADER + c]
+        if how == SQUARE:
+            x = r / tables[state, c]
+            energy[c] = min(x * x, ENERGY_CAP)
+        elif how == PLAIN:
+            energy[c] = min(r, ENERGY_CAP)
+        else:
+            at = slots_at + ints[HEADER + n + c] * (2 * k + 4)
+            energy[c] = surprise(r, tables[state], at + 3, int(tables[state, at + 2]), k, tables[state, at],
+                                 tables[state, at + 1])
+
+
+@njit("void(int64[::1], int64[::1])", cache=True)
+def forget(ints, cursor):
+    """Empty the windows (after a gap); the next row fills them with the healthy mean."""
     cursor[:] = 0
 
 
-@njit(
-    "void(int64, int64[::1], int64[::1], int64[::1], float64[:, :, :, ::1], float64[:, ::1], float64[:, :, ::1],"
-    " float64[::1])",
-    cache=True,
-)
-def _fuse(state, group, kind, windows, sums, stat, limit, out):
-    """Form group means, the score and the paper's three windowed residuals (eq. 22-25) from the sums.
+@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1])", cache=True)
+def _fill(state, ints, tables, ring, raw, memory):
+    """Fill the windows with the healthy mean of the state, so that a score stands from the first residual on."""
+    n, n_windows = ints[0], ints[1]
+    wc = n_windows * n
+    windows_at = HEADER + 3 * n
+    for p in range(ints[6]):
+        for c in range(n):
+            ring[p * n + c] = tables[state, n + c]
+    raw[:] = np.nan
+    memory[3 * wc:3 * wc + 5 * n] = 0.0
+    for w in range(n_windows):
+        rows = float(ints[windows_at + w])
+        for c in range(n):
+            memory[w * n + c] = rows * tables[state, n + c]
+            memory[wc + w * n + c] = rows
+            memory[2 * wc + w * n + c] = 0.0
 
-    Arguments as in `score_step`; writes stat and out.
-    """
-    n_channels = group.shape[0]
-    best = -1.0
-    out[1] = -1.0
-    out[2] = -1.0
-    n_groups = stat.shape[0]
-    for w in range(windows.shape[0]):
-        total = np.zeros(n_groups)
-        count = np.zeros(n_groups)
-        possible = np.zeros(n_groups)
-        for c in range(n_channels):
-            total[group[c]] += sums[c, w, 0, 0]
-            count[group[c]] += sums[c, w, 0, 1]
-            possible[group[c]] += windows[w]
-        for g in range(n_groups):
-            # Half of what the window can hold must be there; a tag masked for long leaves the others to judge.
-            enough = count[g] * 2.0 >= possible[g] and count[g] > 0.0
-            stat[g, w] = max(total[g], 0.0) / count[g] if enough else np.nan
-            if state >= 0 and not math.isnan(stat[g, w]):
-                ratio = stat[g, w] / limit[state, g, w]
-                if ratio > best:
-                    best = ratio
-                    out[1] = g
-                    out[2] = w
+
+@njit("void(float64[::1], int64[::1], float64[::1], float64[::1], float64[::1], int64[::1])", cache=True)
+def _push(residual, ints, ring, raw, memory, cursor):
+    """Take energies and residuals of one row into the window sums."""
+    n, n_windows, length, report = ints[0], ints[1], ints[6], ints[7]
+    wc = n_windows * n
+    windows_at = HEADER + 3 * n
+    energy_at = 3 * wc + 3 * n
+    pos = cursor[0]
+    rows = cursor[2] + 1
+    for w in range(n_windows):
+        size = ints[windows_at + w]
+        leaving = ((pos - size) % length) * n
+        for c in range(n):
+            old = ring[leaving + c]
+            new = memory[energy_at + c]
+            gone = old if old == old else 0.0
+            came = new if new == new else 0.0
+            memory[w * n + c] += came - gone
+            memory[wc + w * n + c] += (1.0 if new == new else 0.0) - (1.0 if old == old else 0.0)
+            memory[2 * wc + w * n + c] += came
+        if rows % size == 0:  # the sum begun a window ago replaces the running one: rounding never adds up
+            for c in range(n):
+                memory[w * n + c] = memory[2 * wc + w * n + c]
+                memory[2 * wc + w * n + c] = 0.0
+    at = pos * n
+    for c in range(n):
+        ring[at + c] = memory[energy_at + c]
+    sum_at = 3 * wc
+    leaving = cursor[1] * n
+    for c in range(n):
+        old, new = raw[leaving + c], residual[c]
+        gone = old if old == old else 0.0
+        came = new if new == new else 0.0
+        memory[sum_at + c] += came - gone
+        memory[sum_at + n + c] += (1.0 if new == new else 0.0) - (1.0 if old == old else 0.0)
+        memory[sum_at + 2 * n + c] += came
+        raw[leaving + c] = new
+    if rows % report == 0:
+        for c in range(n):
+            memory[sum_at + c] = memory[sum_at + 2 * n + c]
+            memory[sum_at + 2 * n + c] = 0.0
+    cursor[0] = (pos + 1) % length
+    cursor[1] = (cursor[1] + 1) % report
+    cursor[2] = rows
+
+
+@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1])", cache=True)
+def _judge(state, ints, tables, memory, out):
+    """Form terms, views and the score from the sums; half of what a term can hold must be there."""
+    n, n_windows, n_terms, n_views = ints[0], ints[1], ints[2], ints[3]
+    wc = n_windows * n
+    windows_at = HEADER + 3 * n
+    first_at = windows_at + n_windows
+    members_at = first_at + 3 * n_terms + 3 * n_views + 1
+    views_at = first_at + 3 * n_terms
+    stat_at = 3 * wc + 5 * n
+    weight_at = 2 * n
+    best, lead, slow = -1.0, -1, -1.0
+    for v in range(n_views):
+        role = ints[views_at + n_views + 1 + v]
+        value = 0.0
+        for t in range(ints[views_at + v], ints[views_at + v + 1]):
+            w = ints[first_at + 2 * n_terms + t]
+            total, count = 0.0, 0.0
+            first, last = ints[first_at + t], ints[first_at + n_terms + t]
+            for m in range(first, last):
+                c = ints[members_at + m]
+                total += memory[w * n + c]
+                count += memory[wc + w * n + c]
+            enough = count * 2.0 >= (last - first) * ints[windows_at + w] and count > 0.0
+            stat = max(total, 0.0) / count if enough else np.nan
+            memory[stat_at + t] = stat
+            if state < 0 or not enough:
+                value = np.nan
+            elif role == FIXED:
+                value += stat
+            elif ints[views_at + 2 * n_views + 1 + v] != 0:
+                value += tables[state, weight_at + t] * math.log(stat + LEAST)
+            else:
+                value += tables[state, weight_at + t] * stat
+        score = np.nan
+        if not math.isnan(value):
+            if role == FIXED:
+                score = value
+            else:
+                value -= tables[state, weight_at + n_terms + v]
+                score = soft(value) / tables[state, weight_at + n_terms + 2 * n_views + v]
+            counted = score if role == LEADING or score >= 1.0 else score ** SHARPNESS
+            if role == LAMP:
+                slow = score
+            elif counted > best:
+                best, lead = counted, v
+        memory[stat_at + n_terms + v] = value
     out[0] = best if best >= 0.0 else np.nan
+    out[1] = lead
+    out[2] = slow if slow >= 0.0 else np.nan
     for k in range(3):
-        acc = 0.0
-        known = 0.0
-        for c in range(n_channels):
-            if kind[c] == k:
-                acc += sums[c, 0, 1, 0]
-                known += sums[c, 0, 1, 1]
+        acc, known = 0.0, 0.0
+        for c in range(n):
+            if ints[HEADER + 2 * n + c] == k:
+                acc += memory[3 * wc + c]
+                known += memory[3 * wc + n + c]
         out[3 + k] = max(acc, 0.0) / known if known > 0.0 else np.nan
 
 
 @njit(
-    "void(float64[::1], int64, float64[:, :, ::1], float64[:, :, ::1], int64[:, ::1], float64[:, :, ::1],"
-    " int64[::1], int64[::1], int64[::1], float64[:, :, ::1], float64[:, :, :, ::1], float64[:, ::1],"
-    " float64[:, :, ::1], int64[::1], float64[::1])",
+    "void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1], int64[::1],"
+    " float64[::1])",
     cache=True,
 )
-def score_step(residual, state, grid, level, used, tail, group, kind, windows, ring, sums, stat, limit, cursor, out):
-    """Take one row of residuals and write the fused score.
+def score_step(residual, state, ints, tables, ring, raw, memory, cursor, out):
+    """Take one row of residuals float64[C] (NaN = no verdict) and write `out` float64[6] (constants above).
 
-    residual float64[n_channels], NaN = no verdict; state: which calibration, -1 = not learnt (no score);
-    grid, level float64[n_states, n_channels, k (+1)], used int64[n_states, n_channels]: see `surprise`;
-    tail float64[n_states, n_channels, 2]: knee, slope; group int64[n_channels]: fusion group;
-    kind int64[n_channels]: 0 trans, 1 bound, 2 conf, else other; windows int64[n_windows] rows;
-    ring float64[2, n_channels, length]: surprise and residual of the last rows, length >= longest window;
-    sums float64[n_channels, n_windows, 2, 3]: of surprise and residual; [.., 0] sum, [.., 1] count, [.., 2] sum
-    since the last whole window;
-    stat float64[n_groups, n_windows]: mean surprise; limit float64[n_states, n_groups, n_windows];
-    cursor int64[2]: ring position, rows since the reset; out float64[6]: see the constants above.
-    score = max over groups and windows of stat / limit, 1.0 = limit.
+    state: which calibration, -1 = not learnt (no score); the rest as in the module's docstring. A leading view counts
+    as soft(v) / soft(limit); one beside it by the same, to the power of `SHARPNESS` below its limit; a fixed one by
+    its plain mean. score = the largest, 1.0 = limit.
     """
-    n_channels = residual.shape[0]
-    length = ring.shape[2]
-    pos = cursor[0]
-    for c in range(n_channels):
-        r = residual[c]
-        s = np.nan
-        if state >= 0 and not math.isnan(r):
-            s = surprise(r, grid[state, c], level[state, c], used[state, c], tail[state, c, 0], tail[state, c, 1])
-        for w in range(windows.shape[0]):
-            leaving = (pos - windows[w]) % length
-            whole = (cursor[1] + 1) % windows[w] == 0
-            for q in range(2):
-                old = ring[q, c, leaving]
-                new = s if q == 0 else r
-                if not math.isnan(old):
-                    sums[c, w, q, 0] -= old
-                    sums[c, w, q, 1] -= 1.0
-                if not math.isnan(new):
-                    sums[c, w, q, 0] += new
-                    sums[c, w, q, 1] += 1.0
-                    sums[c, w, q, 2] += new
-                if whole:  # the sum begun a window ago replaces the running one: rounding never adds up
-                    sums[c, w, q, 0] = sums[c, w, q, 2]
-                    sums[c, w, q, 2] = 0.0
-        ring[0, c, pos] = s
-        ring[1, c, pos] = r
-    cursor[0] = (pos + 1) % length
-    cursor[1] += 1
-    _fuse(state, group, kind, windows, sums, stat, limit, out)
+    n = ints[0]
+    energy = memory[3 * ints[1] * n + 3 * n:3 * ints[1] * n + 4 * n]
+    if cursor[2] == 0:
+        _fill(max(state, 0), ints, tables, ring, raw, memory)
+    transform(residual, state, ints, tables, energy)
+    seen_at = 3 * ints[1] * n + 4 * n
+    warm = False
+    for c in range(n):
+        if not math.isnan(energy[c]):
+            memory[seen_at + c] = 1.0
+        elif memory[seen_at + c] == 0.0:  # still warming up: its windows stay at the healthy mean
+            energy[c] = tables[max(state, 0), n + c]
+        warm = warm or memory[seen_at + c] != 0.0
+    _push(residual, ints, ring, raw, memory, cursor)
+    _judge(state, ints, tables, memory, out)
+    if not warm:
+        out[0] = np.nan
+        out[1] = -1.0
+        out[2] = np.nan
 
 
 @njit(
-    "void(float64[:, ::1], uint8[::1], int64[::1], float64[:, :, ::1], float64[:, :, ::1], int64[:, ::1],"
-    " float64[:, :, ::1], int64[::1], int64[::1], int64[::1], float64[:, :, ::1], float64[:, :, :, ::1],"
-    " float64[:, ::1], float64[:, :, ::1], int64[::1], float64[::1], float64[:, :, ::1], float64[:, ::1])",
+    "void(float64[:, ::1], uint8[::1], int64[::1], int64[::1], float64[:, ::1], float64[::1], float64[::1],"
+    " float64[::1], int64[::1], float64[::1], float64[:, ::1], float64[:, ::1], float64[:, ::1])",
     cache=True,
 )
-def score_rows(residual, gap, state, grid, level, used, tail, group, kind, windows, ring, sums, stat, limit, cursor,
-               out, stats, outs):
-    """Run `score_step` over a record: float64[n, n_channels] -> stats float64[n, n_groups, n_windows], outs [n, 6]."""
+def score_rows(residual, gap, state, ints, tables, ring, raw, memory, cursor, out, outs, stats, values):
+    """Run `score_step` over a record: float64[n, C] -> outs [n, 6], stats [n, T], values [n, V].
+
+    stats and values may have no rows, where they are not wanted.
+    """
+    n = ints[0]
+    stat_at = 3 * ints[1] * n + 5 * n
     for t in range(residual.shape[0]):
         if gap[t] != 0:
-            forget(ring, sums, cursor)
-        score_step(residual[t], state[t], grid, level, used, tail, group, kind, windows, ring, sums, stat, limit,
-                   cursor, out)
-        stats[t] = stat
+            forget(ints, cursor)
+        score_step(residual[t], state[t], ints, tables, ring, raw, memory, cursor, out)
         outs[t] = out
+        if stats.shape[0] > 0:
+            stats[t] = memory[stat_at:stat_at + ints[2]]
+        if values.shape[0] > 0:
+            values[t] = memory[stat_at + ints[2]:stat_at + ints[2] + ints[3]]

@@ -5,11 +5,13 @@ call) run the same machine code and agree to the last bit.
 
 What a call needs is packed, since each array argument costs about 80 ns:
 
-    ints     int32    HEADER: n_columns, n_sensors, n_seen, step, levels, rows; then
+    ints     int32    HEADER: n_columns, n_sensors, n_seen, step, levels, rows, affine (0 or 1); then
                       cols[n_columns], own[n_sensors], partners[n_sensors * n_seen],
                       table[n_sensors * levels**2], pointers[rows + 1]
     floats   float64  nu; mean[n_columns], inverse[n_columns], tolerance[n_columns],
-                      edges[n_sensors * (levels - 1)], bounds[rows * 2 * n_e] (lo then hi of each row)
+                      edges[n_sensors * (levels - 1)], of each row lo[n_e], hi[n_e], its map [n_e + 1] and
+                      slack, general map of each sensor [n_sensors * (n_e + 1)]; the last three only where
+                      affine is 1
     vectors  float32  [n_v * n_e], centred, of unit norm, those of one row together
     memory   int32    head, count, n_bad; level ring [n_sensors * length], validity ring
                       [n_columns * 2 length], validity of the extended vector [n_e]
@@ -18,7 +20,8 @@ What a call needs is packed, since each array argument costs about 80 ns:
 
 with length = 2 step (rows t - step + 1 .. t + step) and n_e = n_seen + step - 1. The extended vector of
 sensor i at t is [partners of i at t, s_i(t - step + 1) ... s_i(t - 1)]; "row" is the row of the transition
-table.
+table. A map predicts s_i(t): its last entry is the constant, its entry of s_i(t) itself is 0. Its
+slack is taken off the error; operator feedback raises it, after a fit it is 0.
 
 Source: M. Alamir, R. Dion, "Model-Free Unsupervised Anomaly detection framework in multivariate
 time-series of industrial dynamical systems" (2024).
@@ -35,7 +38,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-HEADER: Final = 6
+HEADER: Final = 7
 MEMORY_HEADER: Final = 3
 SMALLEST_NORM: Final = 1e-9
 LARGEST: Final = 1e60
@@ -75,6 +78,26 @@ def dot(w: Array, at_w: int, vectors: Array, at_v: int, n: int) -> float:
     for k in range(n):
         total += w[at_w + k] * vectors[at_v + k]
     return total
+
+
+@njit("f8(f8[::1], i8, f8, f8[::1], i8, i8)", cache=True, fastmath=SUM_FLAGS)
+def map_residual(w: Array, at_w: int, x: float, maps: Array, at_map: int, n_e: int) -> float:
+    """Return x less what a map predicts from the extended vector, scaled units, with its sign.
+
+    Parameters
+    ----------
+    w : float64[:], extended vector at [at_w, at_w + n_e), scaled; 0 where not valid: its healthy mean
+    x : float64, the value that is predicted, scaled
+    maps : float64[:], coefficients at [at_map, at_map + n_e), then the constant
+
+    Notes
+    -----
+    Source: section 3.4 of the design, local affine residual.
+    """
+    predicted = 0.0
+    for k in range(n_e):
+        predicted += w[at_w + k] * maps[at_map + k]
+    return x - (predicted + maps[at_map + n_e])
 
 
 @njit("f8(f8[::1], i8, i8)", cache=True, fastmath=SUM_FLAGS)
@@ -250,17 +273,19 @@ def extend(i: int, ints: Array, memory: Array, ring: Array) -> int:
 def judge_sensor(
     i: int, ints: Array, floats: Array, vectors: Array, memory: Array, ring: Array, out: Array, at: int
 ) -> None:
-    """Write the three residuals of sensor i at out[at], out[at + n_sensors], out[at + 2 n_sensors].
+    """Write the residuals of sensor i at out[at], out[at + n_sensors], out[at + 2 n_sensors] and so on.
 
-    i : int, sensor; out : float64[:], dimensionless; the rest is packed as the module's docstring says.
-    All three are NaN where the sensor itself is not valid at t or t + step; bound and conf are NaN where
-    fewer than half of the components are valid.
+    i : int, sensor; out : float64[:], dimensionless (affine: scaled units); the rest is packed as the
+    module's docstring says. All are NaN where the sensor itself is not valid at t or t + step; bound, conf
+    and affine are NaN where fewer than half of the components are valid.
 
     Notes
     -----
-    Source: section 1, eq. 22 - 25 at one instant; unseen transition: trans 1, bound 0, conf 1.
+    Source: section 1, eq. 22 - 25 at one instant; unseen transition: trans 1, bound 0, conf 1, affine by the
+    general map (section 3.4).
     """
     n_columns, n_sensors, n_seen, step, levels = ints[0], ints[1], ints[2], ints[3], ints[4]
+    affine = ints[6]
     length = 2 * step
     n_e = n_seen + step - 1
     slot = memory[0]
@@ -270,27 +295,41 @@ def judge_sensor(
     before = memory[MEMORY_HEADER + i * length + past_slot]
     after = memory[MEMORY_HEADER + i * length + slot]
     if before < 0 or after < 0:
-        out[at] = out[at + n_sensors] = out[at + 2 * n_sensors] = np.nan
+        for kind in range(3 + affine):
+            out[at + kind * n_sensors] = np.nan
         return
     partners_at = HEADER + n_columns + n_sensors
     table_at = partners_at + n_sensors * n_seen
     pointers_at = table_at + n_sensors * levels * levels
+    rows_at = 1 + 3 * n_columns + n_sensors * (levels - 1)
+    stride = 2 * n_e + affine * (n_e + 2)
+    w_at = n_columns * 2 * length
+    own = ints[HEADER + n_columns + i]
+    now = ring[own * 2 * length + past_slot]
     row = ints[table_at + (i * levels + before) * levels + after]
     if row < 0:
         out[at], out[at + n_sensors], out[at + 2 * n_sensors] = 1.0, 0.0, 1.0
+        if affine:
+            if 2 * extend(i, ints, memory, ring) < n_e:
+                out[at + 3 * n_sensors] = np.nan
+            else:
+                general_at = rows_at + ints[5] * stride + i * (n_e + 1)
+                out[at + 3 * n_sensors] = abs(map_residual(ring, w_at, now, floats, general_at, n_e))
         return
     out[at] = 0.0
     n_used = extend(i, ints, memory, ring)
     if 2 * n_used < n_e:
-        out[at + n_sensors] = out[at + 2 * n_sensors] = np.nan
+        for kind in range(1, 3 + affine):
+            out[at + kind * n_sensors] = np.nan
         return
-    w_at = n_columns * 2 * length
     used_at = MEMORY_HEADER + n_sensors * length + w_at
-    bounds_at = 1 + 3 * n_columns + n_sensors * (levels - 1) + row * 2 * n_e
+    bounds_at = rows_at + row * stride
     out[at + n_sensors] = bound_residual(
-        ring, w_at, floats, bounds_at, memory, used_at, ints, partners_at + i * n_seen, n_seen, n_e,
-        ints[HEADER + n_columns + i],
+        ring, w_at, floats, bounds_at, memory, used_at, ints, partners_at + i * n_seen, n_seen, n_e, own,
     )
+    if affine:
+        error = abs(map_residual(ring, w_at, now, floats, bounds_at + 2 * n_e, n_e))
+        out[at + 3 * n_sensors] = max(0.0, error - floats[bounds_at + 3 * n_e + 1])
     first, last = ints[pointers_at + row], ints[pointers_at + row + 1]
     if n_used < n_e:
         out[at + 2 * n_sensors] = masked_conf_residual(ring, w_at, n_e, vectors, first, last, memory, used_at)
@@ -330,8 +369,8 @@ def score_rows(
     gap : uint8[n]; 1 = this row does not continue the row before
     ints, floats, vectors : the packed model (see the module's docstring)
     memory, ring : int32[:] and float64[:], changed in place
-    out : float64[n * 3 n_sensors], dimensionless, written: trans, bound, conf of all sensors at
-        t = row - step; NaN while fewer than 2 step rows are in the memory
+    out : float64[n * (3 + affine) n_sensors], written: trans, bound, conf (dimensionless) and affine
+        (scaled units) of all sensors at t = row - step; NaN while fewer than 2 step rows are in the memory
 
     Notes
     -----
@@ -342,13 +381,14 @@ def score_rows(
         return
     width = values.size // n
     n_sensors = ints[1]
+    n_channels = (3 + ints[6]) * n_sensors
     for r in range(n):
         if gap[r] != 0:
             forget(ints, memory)
         push_row(values, valid, r * width, ints, floats, memory, ring)
-        at = r * 3 * n_sensors
+        at = r * n_channels
         if memory[1] < 2 * ints[3]:
-            for k in range(3 * n_sensors):
+            for k in range(n_channels):
                 out[at + k] = np.nan
             continue
         memory[1] = 2 * ints[3]  # the count stays where it is enough: it never overflows

@@ -24,10 +24,12 @@ from sim_server.processes.base import (
     TagSpec,
 )
 from sim_server.processes.lorenz import LORENZ
+from sim_server.processes.press import PRESS
 from sim_server.processes.schedules import SCHEDULES, Schedule, ScheduledRun, run_schedule
 from sim_server.processes.throttle import THROTTLE
 
 __all__ = [
+    "CYCLIC",
     "MODELS",
     "SCHEDULES",
     "Block",
@@ -45,7 +47,10 @@ __all__ = [
 ]
 
 MODELS: Final = MappingProxyType({one.name: one for one in (LORENZ, THROTTLE)})
-"""Every known process by name, read-only."""
+"""Every continuous process by name, read-only."""
+
+CYCLIC: Final = MappingProxyType({one.name: one for one in (PRESS,)})
+"""Every process that makes one part after the other, with a counter of its cycles, by name; read-only."""
 
 
 def model(name: str) -> ProcessModel:
@@ -56,9 +61,10 @@ def model(name: str) -> ProcessModel:
     ProcessError
         No process has this name.
     """
-    if name not in MODELS:
-        raise ProcessError(f"process: {name!r} is not known", "name", name, f"one of {', '.join(MODELS)}")
-    return MODELS[name]
+    known = {**MODELS, **CYCLIC}
+    if name not in known:
+        raise ProcessError(f"process: {name!r} is not known", "name", name, f"one of {', '.join(known)}")
+    return known[name]
 
 
 def make(name: str, *, seed: int = 0, noise: float = 0.0) -> Process:
@@ -67,7 +73,7 @@ def make(name: str, *, seed: int = 0, noise: float = 0.0) -> Process:
     Parameters
     ----------
     name
-        ``lorenz`` or ``throttle``.
+        ``lorenz``, ``throttle`` or ``press``.
     seed
         Seed of every random choice; the noise draws from a stream of its own, so the trajectory of a
         seed is the same at every noise level.

@@ -14,7 +14,7 @@ import numpy as np
 from opcua_detector import config as configuration
 from opcua_detector.alarms import AlertState
 from opcua_detector.api import Float64, Method, Record, Tag
-from opcua_detector.app import group_tags, methods_of, registry_of
+from opcua_detector.app import group_tags, methods_of, only_nonlinear, registry_of
 from opcua_detector.cli.demo import HISTORY_ROWS
 from opcua_detector.engine import AlertSettings, Monitor
 from opcua_detector.fitting import FitReport, fit_monitor
@@ -92,7 +92,7 @@ class DemoMonitor:
     def judge(self, record: Record) -> Judged:
         """Judge a record by the array calls: residuals, scores, alert."""
         residual = np.concatenate(self.residuals(record), axis=1)
-        _, out = self.model.calibration.score_rows(residual, record.gap, np.zeros(len(record), np.int64))
+        out = self.model.calibration.score_rows(residual, record.gap, np.zeros(len(record), np.int64))
         state, raised, cleared = AlertState(self.alert.on_delay_ns, self.alert.off_delay_ns), [], []
         for k, (score, now) in enumerate(zip(out[:, 0].tolist(), record.source_ns.tolist(), strict=True)):
             state.step(score, now)
@@ -111,7 +111,8 @@ def demo_monitor(process: str, seed: int, *, noise: float = 0.0, rows: int = 0) 
     healthy = plant.record(rows or HISTORY_ROWS[process])
     registry = registry_of(config)
     model, report = fit_monitor(item.name, healthy, methods_of(item, registry, CONFIGS), state_tag=item.state_tag,
-                                windows_ns=item.windows, false_alarms_per_day=item.false_alarms_per_day)
+                                windows_ns=item.windows, false_alarms_per_day=item.false_alarms_per_day,
+                                only_nonlinear=only_nonlinear(item))
     methods = tuple(registry.get(m.plugin).open(m, model.plan.columns) for m in model.methods)
     alert = AlertSettings(item.on_delay, item.off_delay, item.severity)
     return DemoMonitor(process, plant, healthy, model, report, methods, alert)

@@ -1,8 +1,10 @@
 """Measures the method `transition`: stream, batch, fit, model size; with --steps its healthy-data criterion.
 
     python -m tests.benchmarks.bench_transition            # speed at 2, 10, 50 and 200 sensors
+    python -m tests.benchmarks.bench_transition --without-affine
     python -m tests.benchmarks.bench_transition --steps    # held-out residuals by step, simulated processes
     python -m tests.benchmarks.bench_transition --auc      # the paper's blocks, three residuals, window 100
+    python -m tests.benchmarks.bench_transition --affine   # the same by the affine channel, configured by itself
 
 Exit code 1 if the stream's median at 2 sensors is above 5 us a sample.
 """
@@ -75,6 +77,9 @@ def held_out(record, **params):
     return np.concatenate([np.array(part) for part in parts], axis=1)
 
 
+LEVELS = 20  # the paper's residuals are compared at fixed levels
+
+
 def steps(seeds):
     """Print the healthy-data criterion by step: held-out rate of unseen transitions and residuals."""
     print("process   noise  step   unseen %    bound     conf   (held out, 20 000 healthy rows)")
@@ -82,7 +87,8 @@ def steps(seeds):
         for noise in (0.0, 0.01):
             for step in (5, 10, 20, 30):
                 rows = [record_of(make(name, seed=s, noise=noise).simulate(22_000)[2000:]) for s in range(seeds)]
-                unseen, bound, conf = np.mean([np.nanmean(held_out(r, step=step), axis=1) for r in rows], axis=0)
+                found = [np.nanmean(held_out(r, step=step, levels=LEVELS), axis=1) for r in rows]
+                unseen, bound, conf = np.mean(found, axis=0)
                 print(f"{name:9s} {noise:5.2f} {step:5d} {100 * unseen:10.3f} {bound:8.4f} {conf:8.4f}")
 
 
@@ -96,7 +102,7 @@ def separation(seeds, window=100):
                 for seed in range(seeds):
                     run = run_schedule(name, seed=seed, block_rows=block)
                     record, labels = record_of(run.measured), run.labels[block:]
-                    training, params = record.rows(0, block), {"step": step, "faithful": faithful}
+                    training, params = record.rows(0, block), {"step": step, "faithful": faithful, "levels": LEVELS}
                     method = PLUGIN.open(PLUGIN.fit(training, TransitionParams(**params)), record.tags)
                     healthy = trailing_mean(held_out(training, **params), window)[:, window:]
                     tested = np.array(method.paper_residuals(record, window))[:, block:]
@@ -114,8 +120,49 @@ def separation(seeds, window=100):
                       f" | {auc:15.3f} {pauc:5.3f} | {paper_auc:19.3f}")
 
 
+def surprise(x, healthy):
+    """float64[n]: -ln p of residuals by held-out healthy ones, log-linear beyond their 99 % quantile, at most 12."""
+    ordered = np.sort(healthy[np.isfinite(healthy)])
+    knee = np.quantile(ordered, 0.99)
+    slope = max(0.12, float(np.mean(np.log(ordered[ordered > knee] / knee))))
+    below = np.searchsorted(ordered, x, side="left")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beyond = np.log(100.0) + np.log(x / knee) / slope
+    found = np.where(x > knee, beyond, -np.log((len(ordered) - below + 1) / (len(ordered) + 1)))
+    return np.minimum(np.where(np.isfinite(x), found, np.nan), 12.0)
+
+
+def affine_separation(seeds, first, window=100):
+    """Print AUC and pAUC of the affine channel on the paper's blocks, training block excluded."""
+    print("process   step seed | levels   ridge  fit s | mean of tags AUC   pAUC | max of tags AUC   pAUC")
+    for name, block in (("lorenz", 20_001), ("throttle", 180_001)):
+        for step in (10, 20):
+            for seed in range(first, first + seeds):
+                run = run_schedule(name, seed=seed, block_rows=block)
+                record, labels = record_of(run.measured), run.labels[block:]
+                training = record.rows(0, block)
+                began = time.perf_counter()
+                model = PLUGIN.fit(training, TransitionParams(step=step))
+                fit_s = time.perf_counter() - began
+                chosen, n = TransitionParams(**model.params), block
+                folds = [(k * n // 5, (k + 1) * n // 5) for k in range(5)]
+                healthy = np.concatenate([
+                    PLUGIN.open(PLUGIN.fit(training.take(np.r_[0:a, b:n]), chosen), record.tags)
+                    .residuals(training.rows(a, b))[:, 6:] for a, b in folds])
+                tested = PLUGIN.open(model, record.tags).residuals(record)[:, 6:]
+                usual, found = (
+                    trailing_mean(np.array([surprise(x[:, c], healthy[:, c]) for c in range(2)]), window)
+                    for x in (healthy, tested))
+                usual, found = usual[:, window:], found[:, block:]
+                standard = (found - usual.mean(axis=1)[:, None]) / usual.std(axis=1)[:, None]
+                fused = found.mean(axis=0), standard.max(axis=0)
+                figures = [roc_auc_score(labels, one, max_fpr=most) for one in fused for most in (None, 0.1)]
+                print(f"{name:9s} {step:4d} {seed:4d} | {chosen.levels:6d} {chosen.affine_ridge:7.0e} {fit_s:6.2f}"
+                      f" | {figures[0]:16.4f} {figures[1]:6.4f} | {figures[2]:15.4f} {figures[3]:6.4f}", flush=True)
+
+
 def trailing_mean(rows, window):
-    """float64[3, n]: means over at most `window` trailing entries, NaN left out."""
+    """float64[k, n]: means over at most `window` trailing entries, NaN left out."""
     known = np.isfinite(rows)
     total = np.cumsum(np.where(known, rows, 0.0), axis=1)
     count = np.cumsum(known, axis=1)
@@ -129,7 +176,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", action="store_true", help="healthy-data criterion by step")
     parser.add_argument("--auc", action="store_true", help="the paper's blocks")
+    parser.add_argument("--affine", action="store_true", help="the paper's blocks by the affine channel")
+    parser.add_argument("--without-affine", action="store_true", help="speed without the affine channel")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0, help="with --affine")
     parser.add_argument("--sensors", type=int, nargs="*", default=[10, 50, 200], help="besides 2")
     parser.add_argument("--rows", type=int, default=20_000)
     args = parser.parse_args()
@@ -139,11 +189,15 @@ def main():
     if args.auc:
         separation(args.seeds)
         return 0
+    if args.affine:
+        affine_separation(args.seeds, args.first_seed)
+        return 0
+    affine = not args.without_affine
     print("sensors  step  transitions  vectors/each  us/sample      p99  batch ns    fit s   fit ns  model MB")
     print("                                                                (per row and sensor)")
-    worst = max(speed(2, args.rows, step=step) for step in (10, 20))
+    worst = max(speed(2, args.rows, step=step, affine=affine) for step in (10, 20))
     for sensors in args.sensors:
-        speed(sensors, args.rows)
+        speed(sensors, args.rows, affine=affine)
     print(f"median at 2 sensors: {worst:.2f} us a sample (limit {LIMIT_US} us)")
     return 0 if worst <= LIMIT_US else 1
 

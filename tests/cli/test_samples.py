@@ -16,12 +16,15 @@ SAMPLES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.s
 
 
 def test_there_is_a_sample_of_each_process() -> None:
-    assert {"lorenz", "throttle"} <= set(SAMPLES)
+    assert {"lorenz", "throttle", "press"} <= set(SAMPLES)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_sample_is_checked_fitted_and_run(name: str, tmp_path: Path) -> None:
-    with running_plant(name, history_rows=20_000) as plant:
+    # The plant's server has the result nodes that `nodeset` writes for this sample.
+    results = tmp_path / "results.NodeSet2.xml"
+    assert cli("nodeset", CONFIGS / f"{name}.yaml", "--out", results).code == 0
+    with running_plant(name, history_rows=20_000, nodeset=results) as plant:
         text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
         assert text.count("opc.tcp://127.0.0.1:4840/") == 1
         file = tmp_path / f"{name}.yaml"

@@ -141,7 +141,7 @@ def test_a_shape_never_seen_inside_all_bounds_is_told_as_conf():
     healthy_rows = np.column_stack([amplitude * np.sin(0.1 * t), amplitude * np.cos(0.1 * t)])
     tags = (Tag("x"), Tag("y"))
     healthy = record_of(healthy_rows, tags=tags)
-    method = PLUGIN.open(PLUGIN.fit(healthy, TransitionParams(step=6, levels=2)), tags)
+    method = PLUGIN.open(PLUGIN.fit(healthy, TransitionParams(step=6, levels=2, affine=False)), tags)
     live = healthy_rows[4000:4200].copy()
     live[150:, 0] += np.where(np.arange(50) % 2, 0.15, -0.15)
     causes = explained(record_of(live, tags=tags), method)
@@ -237,3 +237,26 @@ def test_a_setpoint_that_does_not_fit_is_named_although_it_is_not_judged():
     live[135:, 1] = 31.0
     causes = explained(record_of(live, tags=tags), method)
     assert causes[0].tag == "u" and {cause.other for cause in causes} == {"theta"}
+
+
+@pytest.mark.parametrize("unit", [1.0, 250.0])
+def test_a_value_off_its_prediction_inside_all_bounds_is_told_as_affine_with_the_predicted_range(unit):
+    rng = np.random.default_rng(0)
+    k = np.arange(12_000)
+    x = np.sin(0.03 * k) + 0.5 * np.sin(0.071 * k)
+    y = unit * (2.0 * x + 0.01 * rng.standard_normal(k.size)) + 40.0
+    tags = (Tag("x"), Tag("y"))
+    healthy = record_of(np.column_stack([x, y]), tags=tags)
+    method = PLUGIN.open(PLUGIN.fit(healthy, TransitionParams(step=STEP, levels=8)), tags)
+    live = healthy.values[3000:3200].copy()
+    assert [one for one in explained(record_of(live, tags=tags), method, 100) if one.kind == "affine"] == []
+    live[194, 1] -= 0.3 * unit
+    record = record_of(live, tags=tags)  # the newest row judges row 194
+    causes = explained(record, method, 1)
+    cause = next(one for one in causes if one.kind == "affine" and one.tag == "y")
+    assert cause == next(one for one in causes if one.tag == "y")
+    assert (cause.other, cause.seen, row_of(cause, record)) == ("y", True, 194)
+    assert cause.observed == live[194, 1] < cause.normal_low
+    assert cause.normal_low < 40.0 + unit * 2.0 * x[3194] < cause.normal_high
+    assert cause.normal_high - cause.normal_low < 0.15 * unit
+    assert cause.from_range[0] < live[194, 1] <= cause.from_range[1]

@@ -1,0 +1,113 @@
+"""Allowances of a model: what operator feedback lets residuals be in situations that were declared normal.
+
+They stand between the residuals of the methods and the score, in the stream and in the batch alike; a model without
+feedback has none and pays nothing (`Allowances.of` gives None).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .api import Float64, Int64, Record, UInt8
+from .calibration import Calibration
+from .kernels.allowance import GROUP, HEADER, allow_rows
+from .kernels.score import SQUARE, SURPRISE
+from .model import NormalityModel
+
+BALLS: Final = "balls"
+"""Key of a delta with allowances: {"columns", "ages", "channels"}; its array `<id>/balls` is float64[E, 1 + K + M]."""
+
+
+def usual_residual(calibration: Calibration) -> Float64:
+    """Return float64[n_states, n_channels]: the residual whose energy is the healthy mean (see `kernels.score`)."""
+    c = calibration
+    usual = np.array(c.usual)
+    for s in range(usual.shape[0]):
+        for channel, how in enumerate(c.transform):
+            if how == SQUARE:
+                usual[s, channel] = c.scale[s, channel] * math.sqrt(c.usual[s, channel])
+            elif how == SURPRISE:
+                slot = int(c.slot[channel])
+                n = int(c.used[s, slot])
+                below = int(np.searchsorted(c.level[s, slot, :n], c.usual[s, channel], side="right"))
+                usual[s, channel] = max(float(c.grid[s, slot, below - 1]), 0.0) if below else 0.0
+    return usual
+
+
+class Scale:
+    """Columns in parts of their healthy span: z = (value - middle) / span, from the 1 % and 99 % quantiles."""
+
+    def __init__(self, model: NormalityModel) -> None:
+        low, high = model.span[:, 0], model.span[:, 1]
+        self.middle: Float64 = 0.5 * (low + high)
+        self.span: Float64 = high - low
+        # A column that never moved has no situation: it tells nothing, whatever it does.
+        self.inverse: Float64 = np.where(self.span > 0.0, 1.0 / np.where(self.span > 0.0, self.span, 1.0), 0.0)
+
+    def rows(self, record: Record) -> Float64:
+        """Return float64[n, n_columns]; NaN where not valid."""
+        known = (record.valid != 0) & np.isfinite(record.values)
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.where(known, (record.values - self.middle) * self.inverse, np.nan)
+
+
+class Allowances:
+    """The allowances of one model; holds the memory of a stream.
+
+    groups : (about, balls), about as under `BALLS`, balls float64[E, 1 + K + M]: radius, centre, allowance
+    """
+
+    def __init__(self, model: NormalityModel, groups: Sequence[tuple[Mapping[str, Any], Float64]]) -> None:
+        n_columns, n_channels = len(model.plan.columns), len(model.calibration.channels)
+        self._usual = usual_residual(model.calibration).ravel()
+        scale = Scale(model)
+        ages = [age for about, _ in groups for age in about["ages"]]
+        length = max(ages, default=0) + 1
+        ints: list[NDArray[Any]] = [np.array([n_columns, n_channels, len(groups), length])]
+        floats: list[Float64] = [scale.middle, scale.inverse]
+        at = 2 * n_columns
+        for about, balls in groups:
+            keys, own = len(about["columns"]), len(about["channels"])
+            head = np.array([balls.shape[0], keys, own, at])
+            assert len(head) == GROUP and balls.shape[1] == 1 + keys + own
+            ints += [head, np.array(about["columns"]), np.array(about["ages"]), np.array(about["channels"])]
+            floats.append(balls.ravel())
+            at += balls.size
+        self._ints = np.concatenate(ints).astype(np.int64)
+        self._floats = np.ascontiguousarray(np.concatenate(floats), dtype=np.float64)
+        self.n_balls = sum(len(balls) for _, balls in groups)
+        self._memory = np.full(n_channels + length * n_columns, np.nan)
+        self._cursor = np.zeros(2, np.int64)
+        self._gap, self._state = np.zeros(1, np.uint8), np.zeros(1, np.int64)
+        assert self._ints[:HEADER].tolist() == [n_columns, n_channels, len(groups), length]
+
+    @classmethod
+    def of(cls, model: NormalityModel) -> Allowances | None:
+        """Return the allowances of a model, None where it has none."""
+        groups = [(delta[BALLS], model.adapted[f"{delta['id']}/{BALLS}"]) for delta in model.deltas if BALLS in delta]
+        return cls(model, groups) if groups else None
+
+    def reset(self) -> None:
+        """Forget all rows (after a gap)."""
+        self._cursor[1] = 0
+
+    def step(self, values: Float64, valid: UInt8, gap: bool, state: int, residual: Float64) -> None:
+        """Take one row of columns, float64[n_columns]; lower `residual` float64[n_channels] in place."""
+        self._gap[0], self._state[0] = gap, state
+        allow_rows(values, valid, self._gap, self._state, residual, self._ints, self._floats, self._usual, self._memory,
+                   self._cursor)
+
+    def rows(self, columns: Record, state: Int64, residual: Float64) -> Float64:
+        """Return float64[n, n_channels]: what `step` makes of a whole record of columns; the stream is not touched."""
+        out = np.array(residual, dtype=np.float64, order="C")
+        allow_rows(
+            np.require(columns.values, np.float64, ["C", "W"]).ravel(),
+            np.require(columns.valid, np.uint8, ["C", "W"]).ravel(), np.require(columns.gap, np.uint8, ["C", "W"]),
+            np.require(state, np.int64, ["C", "W"]), out.ravel(), self._ints, self._floats, self._usual,
+            np.full_like(self._memory, np.nan), np.zeros_like(self._cursor))
+        return out

@@ -1,0 +1,455 @@
+"""Learns the arrays of a regression model from one or several healthy intervals.
+
+Every linear map comes out of one Gram matrix of [z(t - lags) ... z(t)], summed in one pass over the rows; that of
+the last fifth is kept apart, so that held-out errors need no second pass.
+
+Source: section 8 of the design (F and R); the decisions where it is silent stand at each function.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opcua_detector.api import Float64, Int64, Record
+from opcua_detector.detectors.transition_fit import Columns, describe_columns
+from opcua_detector.errors import RecordError
+from opcua_detector.kernels.regression import HOLD_ROWS, LARGEST
+
+Bool = NDArray[np.bool_]
+ALL_PARTNERS_UP_TO = 128
+PARTNERS = 64
+MIN_ROWS = 50
+CHUNK = 8192  # rows at a time: 8 lagged columns of 200 take 50 MB
+HELD_OUT = 0.2
+# -- the nonlinear correction
+MIN_ROWS_NONLINEAR = 1000  # below, a gain of a tenth on the last fifth can be luck
+MOST_ROWS, BLOCKS = 20_000, 20
+MOST_ENTRIES = 8_000_000  # of the features of all rows: 64 MB
+MOST_INPUTS = 512
+GAINS = (0.3, 3.0)
+# Below 1e-10 the rms still falls on noise-free rows, but by weights that amplify the last decimals 10 000 times.
+RIDGES = 10.0 ** np.arange(-10.0, 1.0)
+LEAST_CUT, MOST_LOSS, PLANT_SHARE = 0.10, 0.05, 0.5
+INNER = 0.95  # share of the held-out errors, the smallest ones, that decides
+OUTLIER, MOST_OUTLIERS, ROUNDS = 20.0, 0.05, 3
+SMALLEST_RMS = 1e-9
+MOST_ENERGY = 1000.0
+
+
+class Linear(NamedTuple):
+    """Linear maps, scaled units; d columns, j judged ones, m seen by each, f inputs of a forecast.
+
+    forecast : float64[j, f]; rows t - lags ... t - 1 of the columns seen, then the not judged ones among them at t;
+        0 behind the last input in use
+    relation : float64[d, (lags + 1) m]; residual of z(t) of each column; its own entry is 1
+    """
+
+    forecast: Float64
+    relation: Float64
+
+
+class Layout(NamedTuple):
+    """Which columns enter what.
+
+    d, inert, lags : columns, not judged ones (they come first), rows of the past
+    partners : int64[d, m], ascending
+    seen_inert : int64[d]; not judged ones among them
+    """
+
+    d: int
+    inert: int
+    lags: int
+    partners: Int64
+    seen_inert: Int64
+
+    @property
+    def dense(self) -> bool:
+        """Whether each column sees all."""
+        return bool(self.partners.shape[1] == self.d)
+
+    def relation_entries(self, c: int) -> Int64:
+        """Return int64[(lags + 1) m]: entries of the Gram matrix that column c sees, in the order of its inputs."""
+        return (np.arange(self.lags + 1)[:, None] * self.d + self.partners[c]).ravel()
+
+    def forecast_entries(self, c: int) -> Int64:
+        """Return the same for its forecast: without the judged columns at t."""
+        m = self.partners.shape[1]
+        return self.relation_entries(c)[: self.lags * m + int(self.seen_inert[c])]
+
+
+def learn(record: Record, params: Any, inert: int) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+    """Return the arrays of the model and facts: how many of the judged columns that move at all are nonlinear.
+
+    `nonlinear_share` of them keep the correction; for `feature_share` its features do better than a linear map of
+    the same longer past.
+
+    Parameters
+    ----------
+    record : healthy rows; the columns that are not judged come first
+    params : RegressionParams
+    inert : int, how many those are
+
+    Raises
+    ------
+    RecordError
+        A column has no valid value, or too few rows have all of theirs.
+    """
+    columns = describe_columns(record, 0.0, False)
+    z, good = scaled_rows(record, columns)
+    d = z.shape[1]
+    rows = usable_rows(record, good, params.lags)
+    needed = max(MIN_ROWS, 4 * params.lags)
+    if rows.size < needed and not good.all():
+        # A value here and there that is missing would leave no whole row: those inputs are held, as in the stream.
+        z, good = held(z, good, record.gap)
+        rows = usable_rows(record, good, params.lags)
+    if rows.size < needed:
+        share = (record.valid != 0).mean(axis=0)
+        worst = record.tags[int(share.argmin())]
+        raise RecordError(
+            f"only {rows.size} rows have valid values of all columns now and {params.lags} rows before, {needed} "
+            f"needed ({worst.name} is valid in {100 * float(share.min()):.0f} % of the rows)",
+            where=", ".join(tag.name for tag in record.tags[:6]) + (" ..." if d > 6 else ""),
+            next_step="fit on a longer healthy interval, or leave out the tags that are often missing")
+    layout = make_layout(z, inert, params)
+    first = int(rows.size * (1.0 - HELD_OUT))
+    head, tail = gram(z, rows[:first], params.lags), gram(z, rows[first:], params.lags)
+    early = solve(head, first, layout, params)
+    linear = solve(head + tail, rows.size, layout, params)
+    errors = held_out_errors(z, blocks(rows[first:], MOST_ROWS), layout, early)
+    arrays: dict[str, NDArray[Any]] = {
+        "mean": columns.mean, "inverse": columns.inverse,
+        "low": _scaled(columns.low, columns), "high": _scaled(columns.high, columns),
+        "partners": layout.partners.astype(np.int32), "forecast": linear.forecast, "relation": linear.relation,
+    }
+    correction = Correction(z, good, record, layout, params, columns.inverse[inert:] > 0.0)
+    nonlinear, curved, sharper = correction.learn(early.forecast, linear.forecast)
+    arrays |= nonlinear
+    told = describe_errors(errors)
+    if sharper.size:
+        kept_at, told_sharper = arrays["corrected"] >= 0, describe_errors(sharper[None])
+        for name, figures in told.items():
+            figures[0, kept_at] = told_sharper[name][0]
+    arrays |= told
+    kept = float((arrays["corrected"] >= 0).sum() / max(1, correction.moving.sum()))
+    return arrays, {"nonlinear_share": kept, "feature_share": curved}
+
+
+def _scaled(x: Float64, columns: Columns) -> Float64:
+    return np.clip((x - columns.mean) * columns.inverse, -LARGEST, LARGEST)
+
+
+def scaled_rows(record: Record, columns: Columns) -> tuple[Float64, Bool]:
+    """Return (scaled values float64[n, d], 0 where not valid; valid bool[n, d]); the expression of `push_row`."""
+    good = (record.valid != 0) & np.isfinite(record.values)
+    with np.errstate(invalid="ignore", over="ignore"):
+        z = np.clip((record.values - columns.mean) * columns.inverse, -LARGEST, LARGEST)
+    return np.where(good, z, 0.0), good
+
+
+def usable_rows(record: Record, good: Bool, lags: int) -> Int64:
+    """Return int64[m]: rows with `lags` rows before them in the same interval, all values of them valid."""
+    n = len(record)
+    bad = ~good.all(axis=1)
+    start = np.maximum.accumulate(np.where(record.gap != 0, np.arange(n), 0))
+    count = np.concatenate([[0], np.cumsum(bad)])
+    t = np.flatnonzero(np.arange(n) - start >= lags)
+    return t[count[t + 1] == count[t - lags]]
+
+
+def held(z: Float64, good: Bool, gap: Any) -> tuple[Float64, Bool]:
+    """Return rows and marks with values held over at most HOLD_ROWS missing rows, never over a gap."""
+    z, good = z.copy(), good.copy()
+    age = np.where(good[0], 0, HOLD_ROWS + 1)
+    for t in range(1, z.shape[0]):
+        age = np.where(good[t], 0, HOLD_ROWS + 1 if gap[t] else age + 1)
+        hold = ~good[t] & (age <= HOLD_ROWS)
+        z[t, hold] = z[t - 1, hold]
+        good[t] |= hold
+    return z, good
+
+
+def make_layout(z: Float64, inert: int, params: Any) -> Layout:
+    """Choose the columns that each column sees: itself and its most correlated partners."""
+    d = z.shape[1]
+    others = params.partners or (d - 1 if d <= ALL_PARTNERS_UP_TO else PARTNERS)
+    if others >= d - 1:
+        return Layout(d, inert, params.lags, np.tile(np.arange(d), (d, 1)), np.full(d, inert))
+    sample = z[:: max(1, z.shape[0] // MOST_ROWS)]
+    sample = sample - sample.mean(axis=0)
+    norm = np.sqrt((sample * sample).sum(axis=0))
+    sample = sample / np.where(norm > 0, norm, 1.0)
+    correlation = np.abs(sample.T @ sample)
+    np.fill_diagonal(correlation, np.inf)
+    partners = np.sort(np.argsort(-correlation, axis=1, kind="stable")[:, : others + 1], axis=1)
+    return Layout(d, inert, params.lags, partners, (partners < inert).sum(axis=1))
+
+
+def gram(z: Float64, rows: Int64, lags: int) -> Float64:
+    """Return float64[(lags + 1) d, ...]: sum over the rows of x x', x = [z(t - lags), ..., z(t)]."""
+    d = z.shape[1]
+    total = np.zeros(((lags + 1) * d, (lags + 1) * d))
+    for k in range(0, rows.size, CHUNK):
+        x = lagged(z, rows[k : k + CHUNK], lags, 0)
+        total += x.T @ x
+    return total
+
+
+def lagged(z: Float64, rows: Int64, oldest: int, newest: int) -> Float64:
+    """Return float64[m, (oldest - newest + 1) d]: [z(t - oldest), ..., z(t - newest)] of each row."""
+    at = rows[:, None] - np.arange(oldest, newest - 1, -1)
+    return np.ascontiguousarray(z[at].reshape(rows.size, -1))
+
+
+def solve(total: Float64, n: int, layout: Layout, params: Any) -> Linear:
+    """Return the ridge regressions of a Gram matrix over n rows.
+
+    Notes
+    -----
+    Source: section 8. With P = (L'L + lambda I)^-1 the residual of entry i regressed on all other entries is
+    (L P)_i / P_ii, so one inverse serves all columns that see the same inputs.
+    """
+    d, inert, lags, partners, seen_inert = layout
+    m = partners.shape[1]
+    here = lags * d
+    forecast = np.zeros((d - inert, lags * m + int(seen_inert[inert:].max())))
+    relation = np.empty((d, (lags + 1) * m))
+    light, strong = params.ridge * n, params.relation_ridge * n
+    if layout.dense:
+        width = here + inert
+        forecast[:] = _ridge(total[:width, :width], total[:width, here + inert :], light).T
+        inverse = np.linalg.inv(total + strong * np.eye(here + d))
+        relation[:] = inverse[here:] / np.diag(inverse)[here:, None]
+        return Linear(forecast, relation)
+    for c in range(d):
+        if c >= inert:
+            seen = layout.forecast_entries(c)
+            forecast[c - inert, : seen.size] = _ridge(total[np.ix_(seen, seen)], total[seen, here + c], light)
+        seen = layout.relation_entries(c)
+        own = seen == here + c
+        others = seen[~own]
+        relation[c, own] = 1.0
+        relation[c, ~own] = -_ridge(total[np.ix_(others, others)], total[others, here + c], strong)
+    return Linear(forecast, relation)
+
+
+def _ridge(a: Float64, b: Float64, ridge: float) -> Float64:
+    return np.asarray(np.linalg.solve(a + ridge * np.eye(a.shape[0]), b), np.float64)
+
+
+def held_out_errors(z: Float64, rows: Int64, layout: Layout, early: Linear) -> Float64:
+    """Return float64[2, m, j]: errors of forecast and relation on rows that `early` was not fitted on."""
+    d, inert, lags, _, _ = layout
+    weights = np.zeros((2, (lags + 1) * d, d - inert))
+    for i in range(d - inert):
+        seen = layout.forecast_entries(inert + i)
+        weights[0, seen, i] = -early.forecast[i, : seen.size]
+        weights[0, lags * d + inert + i, i] = 1.0
+        weights[1, layout.relation_entries(inert + i), i] = early.relation[inert + i]
+    return lagged(z, rows, lags, 0) @ weights
+
+
+def describe_errors(errors: Float64) -> dict[str, NDArray[Any]]:
+    """Return float64[2, j] each, of float64[2, m, j]: rms, rms of the 95 % smallest, mean of their `energy`."""
+    inner = np.maximum([_inner_rms(e) for e in errors], SMALLEST_RMS)
+    return {"rms": np.maximum([_rms(e) for e in errors], SMALLEST_RMS), "inner": inner,
+            "usual": np.array([energy(e / scale).mean(axis=0) for e, scale in zip(errors, inner, strict=True)])}
+
+
+def energy(times: Float64) -> Float64:
+    """Return the squares, beyond MOST_ENERGY growing as their logarithm only: one row must not outweigh a window."""
+    square = times * times
+    return np.where(square <= MOST_ENERGY, square, MOST_ENERGY * (1.0 + np.log(np.maximum(square, 1.0) / MOST_ENERGY)))
+
+
+class Correction:
+    """The nonlinear part of the forecasts: random features of a longer past, fitted on what the linear part leaves.
+
+    Notes
+    -----
+    Source: section 8. What it is silent about, measured on the two simulated processes (`bench_regression
+    --forecast`): the inputs themselves stand beside the features with the same light ridge (throttle without noise:
+    rms of the angle 3e-4 -> 5e-5), and rows whose error is more than 20 times the median, at most 5 %, are left out
+    of the fit where that does better: setpoint steps, which nobody can foresee, otherwise drown what can be learnt
+    (median error of the throttle's voltage 1e-2 -> 3e-7).
+    """
+
+    def __init__(self, z: Float64, good: Bool, record: Record, layout: Layout, params: Any, moving: Bool) -> None:
+        self.z, self.layout, self.params, self.moving = z, layout, params, moving
+        d = layout.d
+        self.behind = max(params.lags, min(params.feature_lags, MOST_INPUTS // d))
+        self.inputs = self.behind * d + layout.inert
+        self.rows = usable_rows(record, good, self.behind) if params.nonlinear != "off" else np.zeros(0, np.int64)
+        rng = np.random.default_rng(params.seed)
+        h = params.features
+        self.directions = rng.standard_normal((self.inputs, h)) / math.sqrt(self.inputs)
+        self.directions *= np.exp(rng.uniform(math.log(GAINS[0]), math.log(GAINS[1]), h))
+        self.offsets = rng.uniform(-1.0, 1.0, h)
+
+    def learn(self, early: Float64, final: Float64) -> tuple[dict[str, NDArray[Any]], float, Float64]:
+        """Return the arrays, the share of columns that the features themselves help, and the errors held out.
+
+        early, final : float64[j, f]; linear forecasts fitted on the first rows, and on all. The errors are
+        float64[m, k] of the k columns that keep the correction.
+
+        Notes
+        -----
+        corrected int64[j]: row of `correction`, or -1; directions float64[p, h]; offsets float64[h]; correction
+        float64[*, h + p + 1]: whole forecast, the linear part included. Without any, h and p are 0.
+
+        A column keeps the correction where it cuts the held-out rms by a tenth. On a plant where half of them do so,
+        it is enough that the 95 % smallest errors shrink by a tenth and the rms does not grow: there the rare large
+        errors that nobody can foresee make up the rms.
+        """
+        nothing: dict[str, NDArray[Any]] = {
+            "corrected": np.full(early.shape[0], -1), "directions": np.zeros((0, 0)), "offsets": np.zeros(0),
+            "correction": np.zeros((0, 1))}
+        mode, h = self.params.nonlinear, int(self.params.features)
+        if mode == "off" or self.rows.size < (MIN_ROWS_NONLINEAR if mode == "auto" else MIN_ROWS):
+            return nothing, 0.0, np.zeros((0, 0))
+        first = int(self.rows.size * (1.0 - HELD_OUT))
+        most = min(MOST_ROWS, MOST_ENTRIES // (h + self.inputs + 1))
+        head = blocks(self.rows[:first], int(most * (1.0 - HELD_OUT)))
+        tail = blocks(self.rows[first:], int(most * HELD_OUT))
+        rows = np.concatenate([head, tail])
+        design, left = self._design(rows), self._left(rows, early)
+        x, y, x_out, y_out = design[: head.size], left[: head.size], design[head.size :], left[head.size :]
+        ridge, error, weights = _path(x, y, x_out, y_out)
+        clear = (_rms(error) <= (1.0 - LEAST_CUT) * _rms(y_out)) & self.moving
+        keep, outlier = clear, np.zeros(left.shape, bool)
+        if mode == "on" or clear.sum() >= PLANT_SHARE * max(1, self.moving.sum()):
+            for i in np.flatnonzero(self.moving):
+                one = slice(i, i + 1)
+                ridge[one], error[:, one], outlier[:, i] = _without_outliers(
+                    design, left[:, one], head.size, ridge[one], error[:, one], weights[:, one])
+            inner = _inner_rms(error) <= (1.0 - LEAST_CUT) * _inner_rms(y_out)
+            keep = clear | (inner & (_rms(error) <= (1.0 + MOST_LOSS) * _rms(y_out)) & self.moving)
+            keep = self.moving if mode == "on" else keep
+        kept = np.flatnonzero(keep)
+        if kept.size == 0:
+            return nothing, 0.0, np.zeros((0, 0))
+        _, plain, _ = _path(x[:, h:], y, x_out[:, h:], y_out)
+        curved = self.moving & (_inner_rms(error) <= (1.0 - LEAST_CUT) * _inner_rms(plain))
+        left = self._left(rows, final)
+        whole = ~outlier[:, kept].any(axis=0)
+        weights = np.empty((design.shape[1], kept.size))
+        weights[:, whole] = _weights(design, left[:, kept[whole]], ridge[kept[whole]])
+        for k in np.flatnonzero(~whole):
+            used = ~outlier[:, kept[k]]
+            weights[:, [k]] = _weights(design[used], left[used][:, [kept[k]]], ridge[[kept[k]]])
+        weights[h + (self.behind - self.layout.lags) * self.layout.d : -1] += self._spread(final)[kept].T
+        corrected = np.full(early.shape[0], -1)
+        corrected[kept] = np.arange(kept.size)
+        return {"corrected": corrected, "directions": self.directions, "offsets": self.offsets,
+                "correction": np.ascontiguousarray(weights.T)}, float(curved.sum() / max(1, self.moving.sum())), \
+            error[:, kept]
+
+    def _design(self, rows: Int64) -> Float64:
+        """Return float64[n, h + p + 1]: features, their inputs, 1; the expression of the kernel `features`."""
+        h, past = self.offsets.size, self.behind * self.layout.d
+        out = np.empty((rows.size, h + self.inputs + 1))
+        out[:, h : h + past] = lagged(self.z, rows, self.behind, 1)
+        out[:, h + past : -1] = self.z[rows, : self.layout.inert]
+        out[:, -1] = 1.0
+        a = out[:, h:-1] @ self.directions + self.offsets
+        np.divide(a, np.sqrt(1.0 + a * a), out=out[:, :h])
+        return out
+
+    def _spread(self, forecast: Float64) -> Float64:
+        """Return float64[j, lags d + inert]: linear forecasts over all columns, whatever each of them sees."""
+        layout = self.layout
+        out = np.zeros((forecast.shape[0], layout.lags * layout.d + layout.inert))
+        for i in range(forecast.shape[0]):
+            entries = layout.forecast_entries(layout.inert + i)
+            out[i, entries] = forecast[i, : entries.size]
+        return out
+
+    def _left(self, rows: Int64, forecast: Float64) -> Float64:
+        """Return float64[n, j]: what a linear forecast leaves."""
+        inert = self.layout.inert
+        x = np.hstack([lagged(self.z, rows, self.layout.lags, 1), self.z[rows, :inert]])
+        out: Float64 = self.z[rows, inert:] - x @ self._spread(forecast).T
+        return out
+
+
+def _without_outliers(
+    design: Float64, left: Float64, first: int, ridge: Float64, error: Float64, weights: Float64,
+) -> tuple[Float64, Float64, Bool]:
+    """Fit one column again without the rows that nobody can foresee; return (ridge, errors held out, rows left out).
+
+    design : float64[n, q]; left : float64[n, 1]; the rows from `first` on are held out; ridge float64[1], error
+    float64[n - first, 1] and weights float64[q, 1] : the fit with all rows, which stays where it does better: large
+    errors may be approximation, not chance. It is judged by the inner errors, and the rms must not grow.
+    """
+    nothing = outlier = np.zeros(left.shape[0], bool)
+    other_ridge, other_error = ridge, error
+    for _ in range(ROUNDS):
+        found = _outliers((left - design @ weights)[:, 0])
+        if not (found[:first] & ~outlier[:first]).any():
+            break
+        outlier = found
+        used = np.flatnonzero(~outlier[:first])
+        other_ridge, other_error, weights = _path(design[used], left[used], design[first:], left[first:])
+    better = _inner_rms(other_error) < _inner_rms(error)
+    if better.all() and (_rms(other_error) <= (1.0 + MOST_LOSS) * _rms(error)).all():
+        return other_ridge, other_error, outlier
+    return ridge, error, nothing
+
+
+def _path(x: Float64, y: Float64, x_out: Float64, y_out: Float64) -> tuple[Float64, Float64, Float64]:
+    """Fit each column of y with the ridge that leaves the least inner error held out.
+
+    x, y : float64[n, q], float64[n, j] to fit; x_out, y_out : the same, held out. Returns (ridge float64[j] per row,
+    errors held out float64[m, j], weights float64[q, j]).
+    """
+    values, vectors = np.linalg.eigh(x.T @ x)
+    values = np.maximum(values, 0.0)[:, None]
+    target, ahead = vectors.T @ (x.T @ y), x_out @ vectors
+    best, ridge, error = np.full(y.shape[1], np.inf), np.ones(y.shape[1]), y_out.copy()
+    for one in RIDGES:
+        e = y_out - ahead @ (target / (values + one * x.shape[0]))
+        inner = _inner_rms(e)
+        better = inner < best
+        best[better], ridge[better], error[:, better] = inner[better], one, e[:, better]
+    return ridge, error, vectors @ (target / (values + ridge * x.shape[0]))
+
+
+def blocks(rows: Int64, most: int) -> Int64:
+    """Return at most `most` of the rows: contiguous stretches, evenly spread."""
+    if rows.size <= most:
+        return rows
+    size = max(1, most // BLOCKS)
+    starts = np.linspace(0, rows.size - size, BLOCKS).astype(np.int64)
+    return rows[(starts[:, None] + np.arange(size)).ravel()]
+
+
+def _rms(e: Float64) -> Float64:
+    out: Float64 = np.sqrt(np.mean(e * e, axis=0))
+    return out
+
+
+def _inner_rms(e: Float64) -> Float64:
+    """Return the rms of each column's smallest errors."""
+    ordered = np.sort(e * e, axis=0)[: max(1, int(INNER * e.shape[0]))]
+    out: Float64 = np.sqrt(ordered.mean(axis=0))
+    return out
+
+
+def _outliers(e: Float64) -> Bool:
+    """Return bool[n]: errors of more than OUTLIER times the median, the largest MOST_OUTLIERS of all at most."""
+    size = np.abs(e)
+    bar = max(OUTLIER * max(float(np.median(size)), SMALLEST_RMS), float(np.quantile(size, 1.0 - MOST_OUTLIERS)))
+    found: Bool = size > bar
+    return found
+
+
+def _weights(design: Float64, left: Float64, ridge: Float64) -> Float64:
+    """Return float64[h + p + 1, k]: ridge regressions of each column of `left`, each with its own ridge per row."""
+    values, vectors = np.linalg.eigh(design.T @ design)
+    target = vectors.T @ (design.T @ left)
+    out: Float64 = vectors @ (target / (np.maximum(values, 0.0)[:, None] + ridge * design.shape[0]))
+    return out

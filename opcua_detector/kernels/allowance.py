@@ -1,0 +1,107 @@
+"""Kernel of operator feedback: what a residual may be in a situation that was declared normal.
+
+A situation is a ball in the space of some columns, now and some rows ago. Inside it a residual counts by what it
+stands above its allowance, but never as less than usual:
+
+    r' = min(r, max(usual, r - allowance))
+
+which is continuous and never falls where r rises, so that a larger fault in the same situation still counts. Where
+several balls hold, the largest allowance of each channel counts, so the order of feedback does not matter.
+
+What a call needs is packed (D columns, C channels, E balls, B groups of balls that share columns and channels):
+
+    ints    int64    HEADER: D, C, B, rows of memory; then for each group: E, K, M, place of its balls in `floats`,
+                     columns[K], ages[K] (rows ago), channels[M]
+    floats  float64  middle[D], inverse[D] (of the healthy spans), then for each ball: radius, centre[K],
+                     allowance[M]
+    usual   float64  [n_states * C]: residual that counts as usual
+    memory  float64  allowed[C], then scaled values of the last rows [rows of memory * D]
+    cursor  int64    place in the memory, rows since the last gap
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+HEADER: Final = 4
+GROUP: Final = 4
+
+
+@njit("void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1])", cache=True)
+def allow_rows(
+    values: Array, valid: Array, gap: Array, state: Array, residual: Array, ints: Array, floats: Array, usual: Array,
+    memory: Array, cursor: Array,
+) -> None:
+    """Take rows into the memory and lower their residuals, in place, by what is allowed.
+
+    values : float64[n * D], valid : uint8[n * D]; rows of columns
+    gap : uint8[n]; 1 = the row does not continue the one before
+    state : int64[n]; which calibration, -1 = none: nothing is changed
+    residual : float64[n * C]; NaN stays NaN
+    the rest : packed, see the module's docstring; memory and cursor carry on from call to call
+
+    A component that is not known (masked, or from before a gap) is passed over; a ball holds where all that are known
+    lie within its radius and at least half of them are known.
+    """
+    d, n_channels, n_groups, length = ints[0], ints[1], ints[2], ints[3]
+    for t in range(state.shape[0]):
+        if gap[t] != 0:
+            cursor[1] = 0
+        place = (cursor[0] + 1) % length
+        cursor[0] = place
+        if cursor[1] < length:
+            cursor[1] += 1
+        at = n_channels + place * d
+        for c in range(d):
+            x = values[t * d + c]
+            known = valid[t * d + c] != 0 and math.isfinite(x)
+            memory[at + c] = (x - floats[c]) * floats[d + c] if known else np.nan
+        if state[t] < 0:
+            continue
+        hit = False
+        where = HEADER
+        for _ in range(n_groups):
+            n_balls, n_keys, n_own, ball = ints[where], ints[where + 1], ints[where + 2], ints[where + 3]
+            keys = where + GROUP
+            own = keys + 2 * n_keys
+            where = own + n_own
+            size = 1 + n_keys + n_own
+            for _ in range(n_balls):
+                radius = floats[ball]
+                known_keys = 0
+                inside = True
+                for k in range(n_keys):
+                    age = ints[keys + n_keys + k]
+                    if age >= cursor[1]:
+                        continue
+                    z = memory[n_channels + ((place - age) % length) * d + ints[keys + k]]
+                    if math.isnan(z):
+                        continue
+                    if abs(z - floats[ball + 1 + k]) > radius:
+                        inside = False
+                        break
+                    known_keys += 1
+                if inside and 2 * known_keys >= n_keys:
+                    if not hit:
+                        hit = True
+                        for c in range(n_channels):
+                            memory[c] = 0.0
+                    for m in range(n_own):
+                        c = ints[own + m]
+                        memory[c] = max(memory[c], floats[ball + 1 + n_keys + m])
+                ball += size
+        if hit:
+            for c in range(n_channels):
+                allowed = memory[c]
+                if allowed > 0.0:
+                    r = residual[t * n_channels + c]
+                    normal = usual[state[t] * n_channels + c]
+                    if r > normal:  # false for NaN
+                        residual[t * n_channels + c] = max(normal, r - allowed)
