@@ -16,27 +16,70 @@ from numpy.typing import NDArray
 from .api import Float64, Int64, Record, UInt8
 from .calibration import Calibration
 from .kernels.allowance import GROUP, HEADER, allow_rows
-from .kernels.score import SQUARE, SURPRISE
+from .kernels.score import ENERGY_CAP, LEAST, SQUARE, SURPRISE, SURPRISE_CAP, soft
 from .model import NormalityModel
 
+CALM: Final = (0.45, 0.75)  # parts of the limit, between which what is excused stands
 BALLS: Final = "balls"
 """Key of a delta with allowances: {"columns", "ages", "channels"}; its array `<id>/balls` is float64[E, 1 + K + M]."""
 
 
-def usual_residual(calibration: Calibration) -> Float64:
-    """Return float64[n_states, n_channels]: the residual whose energy is the healthy mean (see `kernels.score`)."""
+def calm_residual(calibration: Calibration, part: float) -> Float64:
+    """Return float64[n_states, n_channels]: the residual that an excused one counts as.
+
+    It is the largest with which no view of the channel stands above this part of its limit, were it there in all its
+    windows; at least the usual one. So what is excused does not alarm, but still ranks above what is healthy.
+    """
     c = calibration
-    usual = np.array(c.usual)
-    for s in range(usual.shape[0]):
-        for channel, how in enumerate(c.transform):
-            if how == SQUARE:
-                usual[s, channel] = c.scale[s, channel] * math.sqrt(c.usual[s, channel])
-            elif how == SURPRISE:
-                slot = int(c.slot[channel])
-                n = int(c.used[s, slot])
-                below = int(np.searchsorted(c.level[s, slot, :n], c.usual[s, channel], side="right"))
-                usual[s, channel] = max(float(c.grid[s, slot, below - 1]), 0.0) if below else 0.0
-    return usual
+    calm = np.zeros_like(c.usual)
+    for s in range(calm.shape[0]):
+        energy = np.full(calm.shape[1], np.inf)
+        at = 0
+        for v, view in enumerate(c.views):
+            weight = float(c.weight[s, at:at + len(view.terms)].sum())
+            at += len(view.terms)
+            if view.role == "lamp":
+                continue
+            if view.role == "fixed":
+                most = part
+            else:
+                mean = (_hard(part * soft(float(c.limit[s, v]))) + float(c.offset[s, v])) / weight
+                most = mean if not c.in_logs(view) else math.exp(mean) - LEAST if mean < 50.0 else math.inf
+            for group in view.groups:
+                energy[list(group)] = np.minimum(energy[list(group)], most)
+        for channel in range(calm.shape[1]):
+            wanted = max(float(energy[channel]), float(c.usual[s, channel]))
+            calm[s, channel] = residual_of(calibration, s, channel, wanted)
+    return calm
+
+
+def _hard(x: float) -> float:
+    """Return the value whose `soft` is x, x > 0."""
+    return x if x > 30.0 else math.log(math.expm1(x))
+
+
+def residual_of(calibration: Calibration, state: int, channel: int, energy: float) -> float:
+    """Return the largest residual of a channel with at most this energy (the inverse of `kernels.score.transform`)."""
+    c = calibration
+    how = int(c.transform[channel])
+    if how == SQUARE:
+        return float(c.scale[state, channel]) * math.sqrt(energy) if energy < ENERGY_CAP else math.inf
+    if how != SURPRISE:
+        return energy if energy < ENERGY_CAP else math.inf
+    if energy >= SURPRISE_CAP:
+        return math.inf
+    slot = int(c.slot[channel])
+    n = int(c.used[state, slot])
+    grid, level = c.grid[state, slot], c.level[state, slot]
+    knee, slope = (float(x) for x in c.tail[state, slot])
+    if math.isfinite(knee) and energy >= level[n]:
+        return knee * math.exp((energy - float(level[n])) * slope)
+    below = int(np.searchsorted(level[:n], energy, side="right"))
+    if below == 0:
+        return 0.0
+    if below == n and energy >= level[n]:  # nothing larger was held out: all above is of the same surprise
+        return math.inf
+    return max(min(float(grid[below - 1]), knee), 0.0)
 
 
 class Scale:
@@ -64,11 +107,12 @@ class Allowances:
 
     def __init__(self, model: NormalityModel, groups: Sequence[tuple[Mapping[str, Any], Float64]]) -> None:
         n_columns, n_channels = len(model.plan.columns), len(model.calibration.channels)
-        self._usual = usual_residual(model.calibration).ravel()
+        self._calm = np.stack([calm_residual(model.calibration, part) for part in CALM], axis=2).ravel()
         scale = Scale(model)
         ages = [age for about, _ in groups for age in about["ages"]]
         length = max(ages, default=0) + 1
-        ints: list[NDArray[Any]] = [np.array([n_columns, n_channels, len(groups), length])]
+        most_keys = max((len(about["columns"]) for about, _ in groups), default=0)
+        ints: list[NDArray[Any]] = [np.array([n_columns, n_channels, len(groups), length, most_keys])]
         floats: list[Float64] = [scale.middle, scale.inverse]
         at = 2 * n_columns
         for about, balls in groups:
@@ -81,10 +125,10 @@ class Allowances:
         self._ints = np.concatenate(ints).astype(np.int64)
         self._floats = np.ascontiguousarray(np.concatenate(floats), dtype=np.float64)
         self.n_balls = sum(len(balls) for _, balls in groups)
-        self._memory = np.full(n_channels + length * n_columns, np.nan)
+        self._memory = np.full(n_channels + most_keys + length * n_columns, np.nan)
         self._cursor = np.zeros(2, np.int64)
         self._gap, self._state = np.zeros(1, np.uint8), np.zeros(1, np.int64)
-        assert self._ints[:HEADER].tolist() == [n_columns, n_channels, len(groups), length]
+        assert len(ints[0]) == HEADER
 
     @classmethod
     def of(cls, model: NormalityModel) -> Allowances | None:
@@ -99,7 +143,7 @@ class Allowances:
     def step(self, values: Float64, valid: UInt8, gap: bool, state: int, residual: Float64) -> None:
         """Take one row of columns, float64[n_columns]; lower `residual` float64[n_channels] in place."""
         self._gap[0], self._state[0] = gap, state
-        allow_rows(values, valid, self._gap, self._state, residual, self._ints, self._floats, self._usual, self._memory,
+        allow_rows(values, valid, self._gap, self._state, residual, self._ints, self._floats, self._calm, self._memory,
                    self._cursor)
 
     def rows(self, columns: Record, state: Int64, residual: Float64) -> Float64:
@@ -108,6 +152,6 @@ class Allowances:
         allow_rows(
             np.require(columns.values, np.float64, ["C", "W"]).ravel(),
             np.require(columns.valid, np.uint8, ["C", "W"]).ravel(), np.require(columns.gap, np.uint8, ["C", "W"]),
-            np.require(state, np.int64, ["C", "W"]), out.ravel(), self._ints, self._floats, self._usual,
+            np.require(state, np.int64, ["C", "W"]), out.ravel(), self._ints, self._floats, self._calm,
             np.full_like(self._memory, np.nan), np.zeros_like(self._cursor))
         return out

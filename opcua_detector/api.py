@@ -193,6 +193,7 @@ class Cause:
     step_s : float; duration of the transition in seconds
     source_ns : int; when it was worst
     seen : bool; False: this transition was never seen in healthy data
+    without : score of the monitor had this tag followed the others; NaN where that was not asked or cannot be said
     """
 
     tag: str
@@ -207,16 +208,23 @@ class Cause:
     step_s: float = float("nan")
     source_ns: int = 0
     seen: bool = True
+    without: float = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why an alert was raised: one sentence for the operator, ranked causes for the engineer."""
+    """Why an alert was raised: one sentence for the operator, ranked causes for the engineer.
+
+    shares : (tag, share) of the tags to blame, the largest first; they sum to 1
+    counterfactual : (tag, score of the monitor had this tag followed the others)
+    """
 
     event_no: int
     source_ns: int
     sentence: str
     causes: tuple[Cause, ...]
+    shares: tuple[tuple[str, float], ...] = ()
+    counterfactual: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(slots=True)

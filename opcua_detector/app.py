@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from .api import Plugin, Record, Tag
 from .config import Config, GroupConfig, MonitorConfig
 from .engine import AlertSettings, Monitor
-from .errors import ConfigError, ModelTagsError, PluginError
+from .errors import ConfigError, ModelTagsError, PluginError, RecordError
 from .fitting import FitReport, fit_monitor
 from .model import NormalityModel
 from .model import load as load_model
@@ -27,8 +29,12 @@ def group_tags(group: GroupConfig) -> tuple[Tag, ...]:
 
 
 def monitor_tags(monitor: MonitorConfig, group: GroupConfig) -> tuple[Tag, ...]:
-    """Return the tags a monitor looks at: those it names (or all), its state tag and the trigger of its parts."""
-    wanted = monitor.tags if monitor.tags is not None else tuple(t.name for t in group.tags)
+    """Return the tags a monitor looks at: those it names (or all), its state tag and the trigger of its parts.
+
+    Tags that keep alarms back are not looked at, unless they are named.
+    """
+    aside = {*monitor.inhibit, monitor.maintenance}
+    wanted = monitor.tags if monitor.tags is not None else tuple(t.name for t in group.tags if t.name not in aside)
     for extra in (monitor.state_tag, monitor.cycle.tag if monitor.cycle else ""):
         if extra and extra not in wanted:
             wanted = (*wanted, extra)
@@ -96,10 +102,11 @@ def setup_of(monitor: MonitorConfig, group: GroupConfig) -> dict[str, Any]:
         "tags": [tag.name for tag in monitor_tags(monitor, group)], "state_tag": monitor.state_tag,
         "methods": [{key: portable(key, value) for key, value in item.items()} for item in monitor.methods],
         "windows_ns": list(monitor.windows), "false_alarms_per_day": monitor.false_alarms_per_day,
+        "settling_ns": monitor.settling or 0, "maintenance": monitor.maintenance,
     }
     cycle = cycle_of(monitor)
     if cycle is not None:
-        for key in ("methods", "windows_ns", "state_tag"):
+        for key in ("methods", "windows_ns", "state_tag", "settling_ns", "maintenance"):
             del setup[key]
         setup["cycle"] = asdict(cycle)
     return setup
@@ -149,7 +156,7 @@ def fit_config(
         if group.name not in records:
             records[group.name] = record_of(group)
         tags = monitor_tags(monitor, group)
-        record = records[group.name].select([tag.name for tag in tags])
+        record = out_of_maintenance(records[group.name], monitor.maintenance).select([tag.name for tag in tags])
         record = replace(record, tags=tags)
         progress(f"monitor {monitor.name}: {len(record)} rows of {len(tags)} tags")
         cycle, setup = cycle_of(monitor), setup_of(monitor, group)
@@ -161,9 +168,27 @@ def fit_config(
             model, report = fit_monitor(
                 monitor.name, record, methods, state_tag=monitor.state_tag, windows_ns=monitor.windows,
                 false_alarms_per_day=monitor.false_alarms_per_day, only_nonlinear=only_nonlinear(monitor), setup=setup,
-                progress=progress)
+                progress=progress, settling_ns=monitor.settling or 0)
         done.append(Fitted(monitor, model, report, model_path(config_file, monitor)))
     return done
+
+
+def out_of_maintenance(record: Record, tag: str) -> Record:
+    """Return the rows of a record on which a maintenance tag is Good and 0: others are not to be learnt.
+
+    Raises
+    ------
+    RecordError
+        No row is left.
+    """
+    if not tag:
+        return record
+    at = [one.name for one in record.tags].index(tag)
+    rows = np.flatnonzero((record.valid[:, at] != 0) & (record.values[:, at] == 0))
+    if len(rows) == 0:
+        raise RecordError("every row of the record was taken in maintenance", where=f"maintenance tag {tag}",
+                          next_step="take a record of normal operation, or correct the key 'maintenance'")
+    return record if len(rows) == len(record) else record.take(rows)
 
 
 def keep_fitted(fitted: Sequence[Fitted], store: Store) -> None:
@@ -200,7 +225,8 @@ def open_monitor(
             fitted, now = model.facts["setup"][key], setup_of(monitor, group)[key]
             raise ModelTagsError(f"the model was fitted with {key} {fitted}, the config says {now}",
                                  where=f"monitor {monitor.name}", next_step="fit the monitor again")
-    alert = AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity)
+    alert = AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity, monitor.settling or 0,
+                          monitor.inhibit, monitor.maintenance)
     if is_part_model(model):
         return cast(Monitor, PartMonitor(monitor.name, model, tags, alert))  # the same attributes and methods
     columns = model.plan.columns

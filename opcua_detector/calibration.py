@@ -76,6 +76,7 @@ class Calibration:
     usual : float64[n_states, n_channels]; held-out mean energy
     weight : float64[n_states, n_terms]; offset : float64[n_states, n_views]; limit : float64[n_states, n_views]
     notes : what the record cannot support
+    floor : float64[n_channels]; a residual counts as no smaller: the resolution of the tag; no entry: all 0
     """
 
     channels: tuple[Channel, ...]
@@ -94,6 +95,7 @@ class Calibration:
     offset: Float64
     limit: Float64
     notes: tuple[str, ...] = field(default=())
+    floor: Float64 = field(default_factory=lambda: np.zeros(0))
 
     def in_logs(self, view: View) -> bool:
         """Whether a view adds logarithms of its terms: those of squares, a surprise is a logarithm already."""
@@ -137,6 +139,8 @@ class Scorer:
         self._counts = self._memory[wc:2 * wc].reshape(n_windows, n)
         self._raw_sum, self._raw_count = self._memory[3 * wc:3 * wc + 2 * n].reshape(2, n)
         self._cursor = np.zeros(3, np.int64)
+        self._floor = c.floor if len(c.floor) and c.floor.max() > LEAST_SCALE else None
+        self._floored = np.empty(n)
         self.out = np.full(OUT, np.nan)
         # Which channels speak for a view, and over which windows, when tags are to be named.
         self._speaks = np.zeros((n_views, n_windows, n))
@@ -162,6 +166,8 @@ class Scorer:
 
     def step(self, residual: Float64, state: int) -> None:
         """Take float64[n_channels]; write `out`. `state` is an index into `states`, -1 = not learnt."""
+        if self._floor is not None:
+            residual = np.maximum(residual, self._floor, out=self._floored)
         score_step(residual, state, self._ints, self._tables, self._ring, self._raw, self._memory, self._cursor,
                    self.out)
 
@@ -170,6 +176,8 @@ class Scorer:
     ) -> tuple[Float64, Float64, Float64]:
         """Return (outs float64[n, 6], and with details: terms float64[n, n_terms], values float64[n, n_views])."""
         n = residual.shape[0]
+        if self._floor is not None:
+            residual = np.maximum(residual, self._floor)
         outs = np.empty((n, OUT))
         stats = np.empty((n if details else 0, self._ints[2]))
         values = np.empty((n if details else 0, self._ints[3]))
@@ -179,6 +187,8 @@ class Scorer:
 
     def energies(self, residual: Float64, state: Int64) -> Float64:
         """Return float64[n, n_channels]: the energy of each residual."""
+        if self._floor is not None:
+            residual = np.maximum(residual, self._floor)
         residual = np.ascontiguousarray(residual)  # a method's batch may come column by column
         out = np.empty_like(residual)
         for t in range(len(residual)):
@@ -207,11 +217,14 @@ class Scorer:
         return np.asarray(excess * (1.0 + residual / c.scale[state]))
 
 
-def held_out_residuals(plugin: Plugin, record: Record, params: Any, full: Float64) -> Float64:
+def held_out_residuals(
+    plugin: Plugin, record: Record, params: Any, full: Float64, channels: Sequence[Channel] = (),
+) -> Float64:
     """Return float64[n, n_channels] residuals of rows that the fitted model has not seen.
 
     `full` : float64[n, n_channels]; residuals of the model fitted on everything. A plugin that does not learn
-    gives those at once, since it has seen none of the record.
+    gives those at once, since it has seen none of the record. `channels` : those of `full`; a channel that a fold
+    does not have (a tag that stood still in the other folds) is NaN there.
     """
     if not plugin.learns:
         return full
@@ -224,13 +237,18 @@ def held_out_residuals(plugin: Plugin, record: Record, params: Any, full: Float6
         method = plugin.open(plugin.fit(record.take(rest), params), record.tags)
         # Some rows before the fold warm the method up, so that the fold itself is judged whole.
         early = max(0, start - method.memory - method.lag)
-        out[start:stop] = method.residuals(record.rows(int(early), int(stop)))[start - early:]
+        fold = method.residuals(record.rows(int(early), int(stop)))[start - early:]
+        own = {channel: k for k, channel in enumerate(method.channels)}
+        for k, channel in enumerate(channels or method.channels):
+            if channel in own:
+                out[start:stop, k] = fold[:, own[channel]]
     return out
 
 
 def calibrate(
     parts: Sequence[Part], held_out: Float64, gap: UInt8, state: Int64, states: Sequence[int],
     windows: Sequence[int], period_s: float, false_alarms_per_day: float, learnt_here: Sequence[str] = (),
+    floor: Float64 | None = None,
 ) -> Calibration:
     """Calibrate channels on held-out healthy residuals.
 
@@ -241,6 +259,8 @@ def calibrate(
     gap : uint8[n]; state : int64[n], index into `states`
     windows : rows, empty = automatic; period_s : seconds per row; false_alarms_per_day : the alarm budget
     learnt_here : labels of methods whose model was fitted on this record, see `NOVELTY_NATS`
+    floor : float64[n_channels]; residuals up to it are the resolution of the tag and no surprise, and no scale is
+        smaller: a near-constant tag must not hold the alarm on by moving one step (`detector.md` 3.8)
 
     Raises
     ------
@@ -260,7 +280,9 @@ def calibrate(
         for c in range(n_channels):
             x = held_out[state == s, c]
             x = x[~np.isnan(x)]
-            if len(x) < MIN_HELD_OUT:
+            if floor is not None:
+                x = np.maximum(x, floor[c])
+            if len(x) < MIN_HELD_OUT and transform[c] != PLAIN:  # a plain residual brings its own limit
                 where = f"channel {channels[c].kind} of {channels[c].column}"
                 if n_states > 1:
                     where += f" in state {states[s]}"
@@ -269,7 +291,8 @@ def calibrate(
                     where=where, next_step="fit on a longer healthy record")
             if slot[c] >= 0:
                 used[s, slot[c]], tail[s, slot[c]] = _distribution(x, grid[s, slot[c]], level[s, slot[c]])
-            scale[s, c] = max(math.sqrt(float(np.mean(x * x))), LEAST_SCALE)
+            if len(x):
+                scale[s, c] = max(math.sqrt(float(np.mean(x * x))), LEAST_SCALE)
     rows_per_state = min(int((state == s).sum()) for s in range(n_states))
     chosen = choose_windows(windows, nonlinear, rows_per_state)
     views = compose(parts, chosen, nonlinear, bool(windows))
@@ -277,7 +300,7 @@ def calibrate(
     plain = Calibration(
         channels, views, transform, slot, np.array(chosen, np.int64), tuple(int(s) for s in states), grid, level, used,
         tail, scale, np.zeros_like(scale), np.ones((n_states, n_terms)), np.zeros((n_states, len(views))),
-        np.ones((n_states, len(views))))
+        np.ones((n_states, len(views))), floor=np.zeros(n_channels) if floor is None else floor)
     usual = _usual(plain, held_out, state)
     plain = dataclasses.replace(plain, usual=usual)
     plain = _standardised(plain, held_out, gap, state)
@@ -373,12 +396,8 @@ def _limited(
         longest, typical = int(own.max()), float(np.exp(np.log(own).mean()))
         novel = view.tag and not plain.in_logs(view) and not view.name.startswith(PREDICTED)
         for s in range(len(plain.states)):
-            limit[s, v], clusters = tail_limit(values[state == s, v], longest, typical,
-                                               rate * share[view.role], normal=plain.in_logs(view))
-            if clusters < MIN_CLUSTERS:
-                short.add(longest)
-                if view.role == "beside":  # so many views on so few independent windows: one of them would always alarm
-                    limit[s, v] = UNSUPPORTED
+            limit[s, v], clusters = tail_limit(values[state == s, v], typical, rate * share[view.role],
+                                               normal=plain.in_logs(view))
             if novel:
                 def nats(mean: float, s: int = s, v: int = v, first: int = first) -> float:
                     return float(plain.weight[s, first] * mean - plain.offset[s, v])
@@ -386,9 +405,13 @@ def _limited(
                 if company and labels[view.groups[0][0]] in learnt_here:
                     limit[s, v] = max(limit[s, v], nats(NOVELTY_NATS * min(1.0, NOVELTY_ROWS / longest)))
                 limit[s, v] = min(limit[s, v], nats(MOST_NATS))
+            if clusters < MIN_CLUSTERS:
+                short.add(longest)
+                if view.role == "beside":  # so many views on so few independent windows: one of them would always alarm
+                    limit[s, v] = UNSUPPORTED
     hours = len(held_out) * period_s / 3600
     of = ", ".join(map(str, sorted(short)))
     notes = (f"the healthy record ({hours:.2f} h) has too few peaks over windows of {of} rows to support "
-             f"{per_day:g} false alarms a day; their limits stand far above all that was seen",
+             f"{per_day:g} false alarms a day; their limits stand above all that was seen",
              ) if short else ()
     return dataclasses.replace(plain, limit=limit, notes=notes)

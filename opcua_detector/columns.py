@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .api import Float64, Int64, Record, Tag, TagKind, UInt8
 from .errors import RecordError
@@ -19,6 +20,9 @@ from .kernels.columns import COSINE, DIFFERENCE, SAME, SINE, prepare, prepare_ro
 _STEPPED_VALUES = 200  # as many values with few levels and rare steps are a setpoint
 _MONOTONE_SHARE = 0.999  # of the steps that move, so many go up: a totaliser, also with a few roll-overs
 _MIN_STEPS = 10  # all one way by chance: 1 in 1000
+_CHUNK = 8192  # rows at a time
+_ROOM = 1e-6  # below 1 of a correlation, and
+_NO_SPREAD = 1e-6  # of a tag's spread: far above rounding
 
 
 @dataclass(frozen=True)
@@ -102,22 +106,23 @@ def usable_tags(record: Record) -> tuple[tuple[Tag, ...], dict[str, str]]:
     RecordError
         A tag has no valid value at all, or no tag is left to judge.
     """
-    used: list[Tag] = []
+    used: list[int] = []
     reasons: dict[str, str] = {}
+    alike = _alike(record)
     for i, tag in enumerate(record.tags):
         reason = _reason_against(record, i)
         if reason is None:
-            reason = next((f"duplicate of {other.name}" for other in used
-                           if _same(record, i, [t.name for t in record.tags].index(other.name))), None)
+            reason = next((f"duplicate of {record.tags[j].name}" for j in used
+                           if alike[i, j] and _same(record, i, j)), None)
         if reason is None:
-            used.append(tag)
+            used.append(i)
         else:
             reasons[tag.name] = reason
-    if not any(tag.judged for tag in used):
+    if not any(record.tags[i].judged for i in used):
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "only setpoints and states"
         raise RecordError("no tag is left to judge", where=listed,
                           next_step="add measured tags that move, or take a record in which they move")
-    return tuple(used), reasons
+    return tuple(record.tags[i] for i in used), reasons
 
 
 def suggest_kind(data_type: str, writable: bool, values: Float64) -> tuple[str, str]:
@@ -178,6 +183,41 @@ def _regular(steps: Float64, x: Float64) -> bool:
     """Whether all steps are equal, to the rounding of the values x that they lie between (seconds since 1970)."""
     rounding = 2 * float(np.spacing(np.abs(x).max()))
     return float(steps.std()) <= 1e-6 * abs(float(steps.mean())) + rounding
+
+
+def _alike(record: Record) -> NDArray[np.bool_]:
+    """Return bool[n_tags, n_tags]: pairs that may be duplicates; all others `_same` refuses for sure.
+
+    Products of all columns at once replace a look at each pair (200 tags: 20 000). Where rounding could hide a
+    duplicate (no spread is left on the rows that both have, or a value has no finite square), the pair stays.
+    """
+    ok = record.valid != 0
+    n, n_tags = ok.shape
+    mean, size = np.zeros(n_tags), np.ones(n_tags)
+    for i in range(n_tags):
+        x = record.values[ok[:, i], i]
+        if len(x):
+            with np.errstate(all="ignore"):
+                mean[i] = x.mean()
+                size[i] = np.abs(x - mean[i]).max()
+    strange = ~(np.isfinite(mean) & np.isfinite(size) & (size > 0))
+    mean[strange], size[strange] = 0.0, 1.0
+    count, first, second, product = np.zeros((4, n_tags, n_tags))
+    for k in range(0, n, _CHUNK):
+        known = ok[k : k + _CHUNK] & ~strange
+        x = np.where(known, record.values[k : k + _CHUNK], mean)
+        x = (x - mean) / size
+        product += x.T @ x
+        mask = known.astype(np.float64)
+        count += mask.T @ mask
+        first += x.T @ mask
+        second += (x * x).T @ mask
+    rows = np.maximum(count, 1.0)
+    spread = second / rows - (first / rows) ** 2
+    together = product / rows - first * first.T / rows**2
+    doubtful = (spread < _NO_SPREAD * np.diag(second / rows)[:, None]) | strange[:, None]
+    close = np.abs(together) > (1.0 - _ROOM) * np.sqrt(np.maximum(spread * spread.T, 0.0))
+    return close | doubtful | doubtful.T
 
 
 def _same(record: Record, i: int, j: int) -> bool:

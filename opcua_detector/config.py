@@ -267,6 +267,9 @@ class MonitorConfig(Section):
     methods: Methods = ({"name": "auto"},)
     windows: tuple[DurationNs, ...] = Field(default=(), max_length=4)
     state_tag: str = ""
+    settling: DurationNs | None = None
+    inhibit: tuple[str, ...] = ()
+    maintenance: str = ""
     cycle: CycleConfig | None = None
     false_alarms_per_day: float = Field(default=1.0, gt=0, le=86400)
     on_delay: DurationNs = 0
@@ -325,9 +328,16 @@ class Config(Section):
                 _known(name, tags_of[monitor.group], ("monitors", i, "tags", k))
             if monitor.state_tag:
                 _known(monitor.state_tag, tags_of[monitor.group], ("monitors", i, "state_tag"))
+            if monitor.settling is not None and not monitor.state_tag:
+                raise _Wrong("the key 'state_tag' beside it: settling begins with a change of state",
+                             ("monitors", i, "settling"), _with_unit(monitor.settling, _UNITS_NS))
+            for k, name in enumerate(monitor.inhibit):
+                _known(name, tags_of[monitor.group], ("monitors", i, "inhibit", k))
+            if monitor.maintenance:
+                _known(monitor.maintenance, tags_of[monitor.group], ("monitors", i, "maintenance"))
             if monitor.cycle:
                 _known(monitor.cycle.tag, tags_of[monitor.group], ("monitors", i, "cycle", "tag"))
-                for key in ("methods", "windows", "state_tag"):
+                for key in ("methods", "windows", "state_tag", "settling", "inhibit", "maintenance"):
                     if key in monitor.model_fields_set:
                         raise _Wrong(f"no key '{key}' beside 'cycle': parts are judged as a whole, by their own method",
                                      ("monitors", i, key))

@@ -30,6 +30,7 @@ from .fitting import FitReport, fit_monitor
 from .kernels.score import SCORE, SLOW
 from .model import NormalityModel
 from .model import load as load_model
+from .reasons import CALM_ROWS, Reasons, Rows
 from .registry import Registry
 
 NS = 1_000_000_000
@@ -143,6 +144,32 @@ class Detector:
         rows : float64[n, n_tags]; the rows before `at` give the situation
         """
         return self.verdicts(rows, at, times=times, valid=valid)[1]
+
+    def contributions(self, rows: ArrayLike, start: int, stop: int, *, times: ArrayLike | None = None,
+                      valid: ArrayLike | None = None) -> dict[str, float]:
+        """Return tag -> share of the blame for the rows [start, stop), the largest first; the shares sum to 1.
+
+        Empty where none of the rows can be judged. Tags that are not judged, or have no share, are left out.
+
+        rows : float64[n, n_tags]; the rows before `start` give the situation, and what is usual
+
+        Raises
+        ------
+        RecordError
+            Rows that do not fit the model, or an empty interval.
+        """
+        record = self.record(rows, times, valid)
+        if not 0 <= start < stop <= len(record):
+            raise RecordError(f"interval ({start}, {stop}) is empty or lies outside the {len(record)} rows",
+                              next_step="give a range [start, stop) of the rows")
+        part = record.rows(max(0, start - CALM_ROWS), stop)
+        # Rows of one stretch only: what lies before the last gap tells nothing about what follows it.
+        first = int(np.flatnonzero(part.gap)[-1])
+        part = part.rows(first, len(part))
+        columns = self.normality.plan.prepare(part.select([tag.name for tag in self.normality.tags]))
+        state = int(self._state(part)[-1])
+        given = Rows(columns.values, columns.valid, columns.source_ns, state)
+        return Reasons(self.normality, self._methods).shares(given, min(stop - start, len(part)))
 
     def with_feedback(
         self, rows: ArrayLike, start: int, stop: int, label: str = "false alarm", *, who: str = "",
@@ -270,13 +297,15 @@ def _record(rows: ArrayLike, tags: Sequence[Tag], period_ns: int, times: ArrayLi
             ) -> Record:
     values = np.asarray(rows, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] != len(tags):
-        raise RecordError(f"rows have shape {values.shape}, expected (n, {len(tags)}): {', '.join(t.name for t in tags)}",
+        raise RecordError(f"rows have shape {values.shape}, expected (n, {len(tags)})",
+                          where=", ".join(t.name for t in tags),
                           next_step="give one column for each tag, in their order")
     mask: UInt8 | None = None
     if valid is not None:
         mask = np.asarray(valid).astype(np.uint8)
         if mask.shape != values.shape:
-            raise RecordError(f"valid has shape {mask.shape}, the rows {values.shape}", next_step="give one flag a value")
+            raise RecordError(f"valid has shape {mask.shape}, the rows {values.shape}",
+                              next_step="give one flag a value")
     if times is None:
         return Record.from_rows(values, tags, period_ns, valid=mask)
     source_ns = _nanoseconds(times)

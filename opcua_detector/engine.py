@@ -30,9 +30,13 @@ from .api import (
 )
 from .calibration import REPORT_WINDOW
 from .columns import ColumnPlan
-from .explain import clarity, rank, sentence
+from .guards import Guards, Pauses
 from .kernels.score import BOUND, CONF, LEAD, SCORE, SLOW, TRANS
 from .model import NormalityModel
+from .reasons import Reasons, Rows
+
+EXPLAINED_ROWS = (400, 1000)  # so many are kept: how an event began tells best which tag is to blame
+EXPLAINED_VALUES = 50_000  # in all, where that allows for more than the least
 
 _QUALITY = {
     GOOD: "Good", BAD_WAITING_FOR_INITIAL_DATA: "warming up", BAD_DATA_UNAVAILABLE: "operating state not learnt",
@@ -41,11 +45,18 @@ _QUALITY = {
 
 @dataclass(frozen=True)
 class AlertSettings:
-    """What makes an alert of a score (times on the SourceTimestamp clock)."""
+    """What makes an alert of a score (times on the SourceTimestamp clock).
+
+    settling_ns : no alert so long after each change of the state tag; inhibit, maintenance : tags of the group, no
+    alert while one of them is Good and not 0 (see `guards.Pauses`)
+    """
 
     on_delay_ns: int = 0
     off_delay_ns: int = 500_000_000
     severity: int = 500
+    settling_ns: int = 0
+    inhibit: tuple[str, ...] = ()
+    maintenance: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,9 @@ class Snapshot:
     """The last rows of a monitor, copied, so that they can be explained on another thread.
 
     values float64[m, n_columns]; valid uint8[m, n_columns]; source_ns int64[m]; window: judged rows;
-    contribution float64[n_tags]; lead: indices of the methods that set the score; event_no
+    contribution float64[n_tags]; lead: indices of the methods that set the score; event_no;
+    since: rows back to the beginning of the event and a window before it; residual float64[n_channels] and score of
+    the newest row; state: index of the operating state, -1 = not learnt
     """
 
     values: Float64
@@ -63,6 +76,10 @@ class Snapshot:
     contribution: Float64
     lead: frozenset[int]
     event_no: int
+    since: int
+    residual: Float64
+    score: float
+    state: int
 
 
 class Monitor:
@@ -94,6 +111,12 @@ class Monitor:
         self._scorer = model.calibration.scorer()
         self._allowances = Allowances.of(model)
         self._alert = AlertState(alert.on_delay_ns, alert.off_delay_ns)
+        self._guards = Guards(model.facts.get("guards", {}), names)
+        self._pauses = Pauses(names, inhibit=alert.inhibit, maintenance=alert.maintenance, state_tag=model.state_tag,
+                              settling_ns=alert.settling_ns)
+        self._judged = frozenset(tag.name for tag in model.tags if tag.judged)
+        self._reasons = Reasons(model, self.methods)
+        self._raised_ns, self._last_state = 0, 0
         self._make_buffers()
         self.verdict = self._no_verdict()
 
@@ -112,7 +135,8 @@ class Monitor:
             first += len(method.channels)
         reach = max(method.lag + method.memory for method in self.methods)
         self._report = REPORT_WINDOW
-        length = self._report + 2 * reach + 2
+        least, most = EXPLAINED_ROWS
+        length = max(self._report, least, min(most, EXPLAINED_VALUES // max(1, n_columns))) + 2 * reach + 2
         self._ring = np.full((length, n_columns), np.nan)
         self._ring_valid = np.zeros((length, n_columns), np.uint8)
         self._ring_ns = np.zeros(length, np.int64)
@@ -137,6 +161,8 @@ class Monitor:
     def restart(self) -> None:
         """Forget everything, a standing alert and the verdict too, as after construction; event numbers go on."""
         self.reset()
+        self._guards.restart()
+        self._pauses.restart()
         self.verdict = self._no_verdict()
         self._alert = AlertState(self.settings.on_delay_ns, self.settings.off_delay_ns, event_no=self._alert.event_no)
 
@@ -149,6 +175,10 @@ class Monitor:
 
         For a changed model: prime a new monitor with the last rows, call this between two rows, and swap.
         """
+        if self._guards.same_as(old._guards):
+            self._guards = old._guards
+        if self.settings == old.settings and self.model.state_tag == old.model.state_tag:
+            self._pauses = old._pauses
         alert = old._alert
         self._alert = AlertState(self.settings.on_delay_ns, self.settings.off_delay_ns, active=alert.active,
                                  event_no=alert.event_no)
@@ -157,19 +187,24 @@ class Monitor:
 
     def step(self, frame: Frame) -> Verdict:
         """Take one row of the group; return the verdict (reused)."""
-        if frame.gap:
+        # What the methods remember of a tag that is masked from now on is wrong: they start anew, as after a gap.
+        gap = self._guards.step(frame.values, frame.valid, frame.gap) or frame.gap
+        self._pauses.step(frame.values, frame.valid, frame.source_ns)
+        if gap:
             self.reset()
+        elif self._pauses.settled:
+            self._scorer.reset()
         self._pos = pos = (self._pos + 1) % len(self._rows)
         self._filled = min(self._filled + 1, len(self._rows))
         values, valid = self._rows[pos]
         self._ring_ns[pos] = frame.source_ns
-        self._stepper.step(frame.values, frame.valid, frame.gap, values, valid)
+        self._stepper.step(frame.values, self._guards.valid, gap, values, valid)
         for method, target in self._slices:
             method.update(values, valid)
             target[:] = method.residual
         state = self._state(frame)
         if self._allowances is not None:
-            self._allowances.step(values, valid, frame.gap, state, self._residual)
+            self._allowances.step(values, valid, gap, state, self._residual)
         self._scorer.step(self._residual, state)
         self._judge(frame, state)
         return self.verdict
@@ -188,30 +223,49 @@ class Monitor:
         verdict.score, verdict.slow_score = score, float(out[SLOW])
         verdict.r_trans, verdict.r_bound, verdict.r_conf = float(out[TRANS]), float(out[BOUND]), float(out[CONF])
         self._scorer.window_means(verdict.residual)
-        verdict.alert = self._alert.step(score, frame.source_ns)
+        verdict.alert = self._alert.step(0.0 if self._kept_back(frame, state) else score, frame.source_ns)
         verdict.raised, verdict.cleared = self._alert.raised, self._alert.cleared
         verdict.event_no = self._alert.event_no
         verdict.severity = self.settings.severity if verdict.alert else 0
         self._contributions(score, state)
+        whole = not self._guards.reasons and frame.valid[self._used].all()
         if state < 0:
             status = BAD_DATA_UNAVAILABLE
-        elif score != score:
+        elif score != score and not self._blind():
             status = BAD_WAITING_FOR_INITIAL_DATA
         else:
-            status = GOOD if frame.valid[self._used].all() else UNCERTAIN_SUB_NORMAL
-        if status == UNCERTAIN_SUB_NORMAL:
-            verdict.quality = self._masked(frame)
-        elif status != verdict.status:
+            status = GOOD if whole and self._pauses.reason != self._pauses.settling else UNCERTAIN_SUB_NORMAL
+        if status == UNCERTAIN_SUB_NORMAL or self._pauses.reason or self._pauses.warning:
+            verdict.quality = self._told(frame, status)
+        else:
             verdict.quality = _QUALITY[status]
         verdict.status = status
 
-    def _masked(self, frame: Frame) -> str:
-        return "masked: " + ", ".join(
-            tag.name for tag, i in zip(self.model.tags, self._used, strict=True) if not frame.valid[i])
+    def _blind(self) -> bool:
+        """Whether the guards have masked every tag that is judged."""
+        return bool(self._guards.reasons) and self._judged <= self._guards.reasons.keys()
+
+    def _kept_back(self, frame: Frame, state: int) -> bool:
+        """Whether there is no alert at this row whatever the score, so that a standing one ends."""
+        unlearnt = state < 0 and bool(frame.valid[self._state_at])
+        return unlearnt or bool(self._pauses.reason) or self._blind()
+
+    def _told(self, frame: Frame, status: int) -> str:
+        """Return the quality text of a row that is not plainly Good."""
+        bad = [tag.name for tag, i in zip(self.model.tags, self._used, strict=True) if not frame.valid[i]]
+        told = [self._pauses.reason, self._pauses.warning]
+        if status == UNCERTAIN_SUB_NORMAL:
+            told += ["masked: " + ", ".join(bad) if bad else "", *self._guards.reasons.values()]
+        elif status != GOOD:
+            told.insert(0, _QUALITY[status])
+        return "; ".join(text for text in told if text)
 
     def _contributions(self, score: float, state: int) -> None:
         share = self.verdict.contribution
         share[:] = 0.0
+        self._last_state = state
+        if self.verdict.raised:
+            self._raised_ns = self.verdict.source_ns
         if not score >= 0.5:
             return
         # Not np.add.at, which takes a buffer of 5 kB.
@@ -229,33 +283,23 @@ class Monitor:
             view = self.model.calibration.views[lead]
             window = min(self._report, int(self.model.calibration.windows[view.windows[-1]]))
             methods = self._lead_methods[lead]
-        return Snapshot(self._ring[order], self._ring_valid[order], self._ring_ns[order], window,
-                        self.verdict.contribution.copy(), methods, self.verdict.event_no)
+        ns = self._ring_ns[order]
+        since = window
+        if self.verdict.alert:
+            since += int((ns >= self._raised_ns).sum())
+        return Snapshot(self._ring[order], self._ring_valid[order], ns, window, self.verdict.contribution.copy(),
+                        methods, self.verdict.event_no, since, self._residual.copy(), self.verdict.score,
+                        self._last_state)
 
     def explain(self, taken: Snapshot) -> Explanation:
         """Say why the score is what it is; pure, may run on another thread."""
-        found: list[tuple[float, Cause]] = []
-        for i, method in enumerate(self.methods):
-            weight = 1.0 if i in taken.lead else 0.3
-            causes = method.explain(taken.values, taken.valid, taken.source_ns,
-                                    min(taken.window, len(taken.source_ns)))
-            found += [(weight * clarity(cause), cause) for cause in causes]
-        order = np.argsort(-taken.contribution, kind="stable")
-        top = [self.model.tags[i].name for i in order if taken.contribution[i] > 0]
-        owner = {c.name: self.plan.owner(c.name) for c in self.plan.columns}
-        ranked = rank(found, top, owner)
-        columns = {c.name: c for c in self.plan.columns}
-        spans = {c.name: float(hi - lo) for c, (lo, hi) in zip(self.plan.columns, self.model.span, strict=True)}
-        now = int(taken.source_ns[-1]) if len(taken.source_ns) else 0
-        text = sentence(ranked[0], columns, spans) if ranked else (
-            f"something is wrong with {top[0]}" if top else "no single cause stands out")
-        return Explanation(taken.event_no, now, text, ranked)
+        return self._reasons.explain(
+            Rows(taken.values, taken.valid, taken.source_ns, taken.state), taken.window, taken.since,
+            taken.contribution, taken.lead, taken.residual, taken.score, taken.event_no)
 
     def cause_text(self, cause: Cause) -> str:
         """Return the sentence of one cause."""
-        columns = {c.name: c for c in self.plan.columns}
-        spans = {c.name: float(hi - lo) for c, (lo, hi) in zip(self.plan.columns, self.model.span, strict=True)}
-        return sentence(cause, columns, spans)
+        return self._reasons.text(cause)
 
 
 class Engine:

@@ -25,6 +25,7 @@ from .views import FIXED_KINDS
 
 MAX_FPR: Final = 0.1
 VUS_WINDOW: Final = 100  # rows, the default of the metric's authors
+VUS_PARTS: Final = 10  # the same for a monitor that judges parts, of which there are far fewer
 RANDOM_SEEDS: Final = 5  # the random score's row is the mean over so many
 QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 DAY_NS: Final = 86_400_000_000_000
@@ -43,7 +44,8 @@ class Alert:
     event_no : number of the alert in this replay, from 1
     begin, end : rows, half open; `end` is the number of rows where it still stands
     raised_ns, cleared_ns : SourceTimestamps; cleared_ns None while it stands
-    peak_score : float, 1.0 = the limit; top_tag : tag with the largest contribution when it was raised
+    peak_score : float, 1.0 = the limit; top_tag : tag of the first cause, or, without an explanation, the
+        one with the largest contribution when it was raised
     sentence : for the operator; causes : (tag, words, share) of the first few
     explained : False beyond the first `MOST_EXPLAINED`
     """
@@ -148,7 +150,7 @@ class Evaluation:
     ranking, random : ranking figures, and those of a random score; None without ground truth of both classes
     point : the operating point at the model's own limit, None without ground truth
     events : of the ground truth; false_alerts : numbers of alerts raised on healthy rows
-    vus_window : rows; notes : what to know when reading the figures
+    vus_window : rows or parts; notes : what to know when reading the figures
     """
 
     monitor: str
@@ -207,6 +209,7 @@ class _Replayer:
                                                       n_bins - 1)
         self.alerts: list[Alert] = []
         self.parts: list[PartVerdict] = []
+        self.owner = {c.name: monitor.plan.owner(c.name) for c in monitor.plan.columns}
         self.judge = as_part_monitor(monitor)
         self.errors = None if self.judge is not None else _Errors(record, monitor)
 
@@ -250,6 +253,8 @@ class _Replayer:
     def _explain(self, alert: Alert) -> None:
         told = self.monitor.explain(self.monitor.snapshot())
         alert.sentence, alert.explained = told.sentence, True
+        if told.causes:  # the tag that the sentence speaks of, where it is not the one with the largest contribution
+            alert.top_tag = self.owner.get(told.causes[0].tag, told.causes[0].tag)
         alert.causes = tuple((c.tag, self.monitor.cause_text(c), c.share) for c in told.causes[:MOST_CAUSES])
 
     def _end_part(self) -> None:
@@ -323,7 +328,7 @@ def _states(record: Record, monitor: Monitor) -> Int64:
     return state
 
 
-def evaluate(record: Record, said: Replay, *, budget_per_day: float, vus_window: int = VUS_WINDOW) -> Evaluation:
+def evaluate(record: Record, said: Replay, *, budget_per_day: float, vus_window: int | None = None) -> Evaluation:
     """Return what the alarms of a replay are worth.
 
     Figures of rows count the rows of the recording; those of a cyclic process count whole parts: a part is anomalous
@@ -333,7 +338,8 @@ def evaluate(record: Record, said: Replay, *, budget_per_day: float, vus_window:
     Parameters
     ----------
     record : the recording that was replayed; its `truth` is what the figures are measured against
-    budget_per_day : false alarms that the model was fitted for; vus_window : units, see `metrics.vus_pr`
+    budget_per_day : false alarms that the model was fitted for; vus_window : rows or parts, see `metrics.vus_pr`;
+        None = `VUS_WINDOW` or `VUS_PARTS`
 
     Raises
     ------
@@ -342,6 +348,8 @@ def evaluate(record: Record, said: Replay, *, budget_per_day: float, vus_window:
     """
     n = len(record)
     known = ~np.isnan(said.score)
+    if vus_window is None:
+        vus_window = VUS_PARTS if said.parts else VUS_WINDOW
     if not known.any():
         raise RecordError(
             f"not one of {n} rows got a verdict: the recording is too short, or nothing in it can be judged",
@@ -460,8 +468,8 @@ def _days(record: Record, raised_ns: Sequence[int], false_ns: Sequence[int]) -> 
 def _notes(record: Record, said: Replay, hours: float, budget: float) -> tuple[str, ...]:
     notes: list[str] = []
     if budget * hours / 24 < FEW_ALERTS:
-        notes.append(f"{_time(hours)} are too short to check a budget of {budget:g} false alarm"
-                     f"{'' if budget == 1 else 's'} a day, which allows {budget * hours / 24:.2g} in this time")
+        notes.append(f"{in_words(hours * 3600)} are too short to check a budget of {in_budget(budget)}, which allows "
+                     f"{at_most(budget * hours / 24)} in this time")
     if len(said.alerts) > MOST_EXPLAINED:
         notes.append(f"only the first {MOST_EXPLAINED} of {len(said.alerts)} alerts are explained")
     unknown = float(np.mean(np.isnan(said.score)))
@@ -474,11 +482,24 @@ def _notes(record: Record, said: Replay, hours: float, budget: float) -> tuple[s
     return tuple(notes)
 
 
-def _time(hours: float) -> str:
+def in_words(seconds: float) -> str:
     """Return a length of time as a person says it."""
-    if hours < 1:
-        return f"{hours * 60:.3g} minutes"
-    return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
+    if not math.isfinite(seconds):
+        return "-"
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 0.001 or seconds == 0 else f"{seconds * 1000:.2g} ms"
+
+
+def in_budget(per_day: float) -> str:
+    """Return a budget of false alarms in words."""
+    return f"{per_day:g} false alarm{'' if per_day == 1 else 's'} a day"
+
+
+def at_most(count: float) -> str:
+    """Return an expected number of alerts in words."""
+    return "under 0.01" if 0 <= count < 0.01 else f"{count:.2g}" if count < 10 else f"{count:.0f}"
 
 
 def held_truth(values: Float64, valid: UInt8) -> tuple[UInt8, int]:

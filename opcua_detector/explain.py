@@ -10,6 +10,8 @@ from .nodes import EXPLANATION_CHARS
 
 _LONGEST = 1e12  # values from here on are written with an exponent
 _MORE_DECIMALS = 3
+_LONGEST_NAME = 48
+_TELL_AGE_S = 2.0
 
 
 def number(value: float, tag: Tag | None = None, span: float = float("nan"), *, more: int = 0) -> str:
@@ -46,44 +48,136 @@ def _middle(limits: tuple[float, float]) -> float:
     return low if math.isfinite(low) else high
 
 
-def sentence(cause: Cause, tags: Mapping[str, Tag], spans: Mapping[str, float]) -> str:
+def sentence(cause: Cause, tags: Mapping[str, Tag], spans: Mapping[str, float], age_s: float = 0.0) -> str:
     """Return one sentence, at most 200 characters, for one cause.
 
-    `tags` and `spans` (99 % less 1 % quantile, in the tag's unit) are looked up by column name.
+    Parameters
+    ----------
+    tags, spans : by column name; a span is the 99 % less the 1 % quantile, in the tag's unit
+    age_s : how long ago it was worst; told from 2 s on
     """
-    tag = tags.get(cause.tag)
-    unit = f" {tag.unit}" if tag is not None and tag.unit else ""
-    now, low, high = _numbers(cause, tag, spans.get(cause.tag, float("nan")))
-    now = f"{now}{unit}" if math.isfinite(cause.observed) else ""
-    has_range = math.isfinite(cause.normal_low) and math.isfinite(cause.normal_high)
-    normal = (low if low == high else f"{low} to {high}") + unit
-    moves = motion(cause, spans)
-    who = "it" if cause.other == cause.tag else cause.other
-    situation = f" while {who} {moves}" if cause.other else ""
-    text = f"something is wrong with {cause.tag}" + (f", it is {now}" if now else "")
-    if cause.kind == "trans":
-        within = f" within {cause.step_s:.3g} s" if math.isfinite(cause.step_s) else ""
-        text = f"{cause.tag} " + (f"went{within} to {now}, " if now else "made ") + "a movement never seen"
-        text += f"; normal from there is {normal}" if has_range else " in healthy operation"
-    elif cause.kind == "bound" and has_range and now:
-        text = f"{cause.tag} is {now}{situation}; normal{' there' if situation else ''} is {normal}"
-    elif cause.kind == "conf" and cause.other in ("", cause.tag):
-        text = f"{cause.tag} {moves} in a way never seen in healthy operation"
-    elif cause.kind == "conf":
-        state = f"is {now}" if now else "does not fit"
-        text = f"{cause.tag} {state}{situation}, a pattern never seen in healthy operation"
-    elif cause.kind in ("forecast", "affine") and has_range and now:
-        text = f"{cause.tag} is {now}; its past and the other tags predict {normal}{_times(cause)}"
-    elif cause.kind == "relation" and has_range and now:
-        text = f"{cause.tag} is {now}; {cause.other or 'the other tags'} would make it {normal}{_times(cause)}"
+    say = _Words(cause, tags, spans, age_s)
+    text = _of_kind(cause, say) or say.plain()
     return text if len(text) <= EXPLANATION_CHARS else text[: EXPLANATION_CHARS - 3] + "..."
 
 
-def _times(cause: Cause) -> str:
-    """Say how far off a forecast is, in half widths of its usual range; empty where that says little."""
-    half = (cause.normal_high - cause.normal_low) / 2
-    times = abs(cause.observed - (cause.normal_high + cause.normal_low) / 2) / half if half > 0 else math.inf
-    return f", {times:.0f} times the usual error" if 1.5 <= times < 1000 else ""
+def counterfactual_sentence(tag: str, without: float, score: float) -> str:
+    """Return what the score would be had a tag followed the others; `score` is what it is, 1.0 the limit."""
+    verdict = "no alarm" if without < 1.0 else "still an alarm"
+    return (f"had {plain_name(tag)} followed the other tags, the score would be {_score(without)} instead of"
+            f" {_score(score)}: {verdict}")
+
+
+def _score(x: float) -> str:
+    if x < 1.0 <= float(f"{x:.1f}"):  # never rounded up to the limit
+        return f"{x:.3g}" if x < 0.9995 else "just below 1"
+    return f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def plain_name(name: str) -> str:
+    """Return a name without what would break a line or a terminal, and not too long for a sentence."""
+    shown = "".join(c if c.isprintable() else "?" for c in name)
+    return shown if len(shown) <= _LONGEST_NAME else shown[: _LONGEST_NAME - 2] + ".."
+
+
+class _Words:
+    """Numbers and phrases of one cause."""
+
+    def __init__(self, cause: Cause, tags: Mapping[str, Tag], spans: Mapping[str, float], age_s: float) -> None:
+        tag = tags.get(cause.tag)
+        self.cause, self.tag, self.span = cause, tag, spans.get(cause.tag, float("nan"))
+        self.name = plain_name(cause.tag)
+        self.other = plain_name(cause.other) if cause.other != cause.tag else "it"
+        self.unit = f" {plain_name(tag.unit)}" if tag is not None and tag.unit else ""
+        now, self.low, self.high = _numbers(cause, tag, self.span)
+        self.now = f"{now}{self.unit}" if math.isfinite(cause.observed) else ""
+        self.has_range = math.isfinite(cause.normal_low) and math.isfinite(cause.normal_high)
+        self.range = (self.low if self.low == self.high else f"{self.low} to {self.high}") + self.unit
+        self.moves = motion(cause, spans)
+        self.situation = f" while {self.other} {self.moves}" if cause.other else ""
+        old = math.isfinite(age_s) and age_s >= _TELL_AGE_S
+        self.verb = "was" if old else "is"
+        self.ago = f" {duration(age_s)} ago" if old else ""
+        self.side = self._side()
+
+    def _side(self) -> int:
+        """Return 1 where the observed lies above the normal range, -1 below, 0 inside or not known."""
+        cause = self.cause
+        if not (self.now and self.has_range):
+            return 0
+        return int(cause.observed > cause.normal_high) - int(cause.observed < cause.normal_low)
+
+    def is_now(self) -> str:
+        """Say what the tag is or was."""
+        return f"{self.name} {self.verb} {self.now}{self.ago}"
+
+    def plain(self) -> str:
+        """Say no more than the tag and its value."""
+        it = f", it {self.verb} {self.now}{self.ago}" if self.now else ""
+        return f"something is wrong with {self.name}{it}"
+
+
+def _of_kind(cause: Cause, say: _Words) -> str:
+    """Return the sentence of the kind, empty where its figures are missing."""
+    told = bool(say.now) and say.has_range
+    if cause.kind == "trans":
+        return _transition(cause, say)
+    if cause.kind == "conf":
+        if cause.other in ("", cause.tag):
+            return f"{say.name} {say.moves} in a way never seen in healthy operation"
+        state = f"{say.verb} {say.now}{say.ago}" if say.now else "does not fit"
+        return f"{say.name} {state}{say.situation}, a pattern never seen in healthy operation"
+    if cause.kind in ("bound", "affine") and told:
+        off = {1: ", too high", -1: ", too low", 0: ""}[say.side]
+        there = " there" if say.situation else ""
+        return f"{say.is_now()}{off if say.situation or off else ''}{say.situation}; normal{there} is {say.range}"
+    if cause.kind == "forecast" and told:
+        off = {1: "higher than", -1: "lower than", 0: "steadily off what"}[say.side]
+        return f"{say.is_now()}, {off} its own past predicts ({say.range})"
+    if cause.kind == "relation" and told:
+        off = {1: "too high", -1: "too low", 0: "steadily off"}[say.side]
+        return f"{say.is_now()}, {off} for {say.other if cause.other else 'the other tags'}; normal there {say.range}"
+    if cause.kind == "range" and told and say.side:
+        beyond = "above" if say.side > 0 else "below"
+        return f"{say.is_now()}, {beyond} all that was seen in healthy operation ({say.range})"
+    if cause.kind == "rate" and told and say.side:
+        way = "rose" if cause.observed > 0 else "fell"
+        step, _, most = (text.removeprefix("-") for text in _numbers(cause, say.tag, say.span))
+        return (f"{say.name} {way} faster than ever, by {step}{say.unit} at once{say.ago};"
+                f" never more than {most}{say.unit} before")
+    if cause.kind == "stuck" and say.now:
+        lasted = f" for {duration(cause.step_s)}" if math.isfinite(cause.step_s) and cause.step_s > 0 else ""
+        longest = cause.to_range[1]
+        ever = f"longer than {duration(longest)}" if math.isfinite(longest) and longest > 0 else "so long"
+        return f"{say.name} is stuck at {say.now}{lasted}; it never stood still {ever} in healthy operation"
+    return ""
+
+
+def _transition(cause: Cause, say: _Words) -> str:
+    """Return the sentence of a movement that was never seen: slower or faster than ever, or another one."""
+    start = _middle(cause.from_range)
+    within = f" within {duration(cause.step_s)}" if math.isfinite(cause.step_s) and cause.step_s > 0 else ""
+    normal = f"; normal from there is {say.range}" if say.has_range else " in healthy operation"
+    if not say.now:
+        return f"{say.name} made a movement never seen{normal}"
+    moved = cause.observed - start
+    way = "rose" if moved > 0 else "fell"
+    if math.isfinite(moved) and moved != 0.0 and say.has_range and say.side:
+        nearest = cause.normal_high if say.side > 0 else cause.normal_low
+        if (nearest - start) * moved > 0:
+            pace = "faster" if say.side * moved > 0 else "slower"
+            return f"{say.name} {way} {pace} than ever:{within} to {say.now}{say.ago}{normal}"
+    went = way if math.isfinite(moved) and moved != 0.0 else "went"
+    return f"{say.name} {went}{within} to {say.now}{say.ago}, a movement never seen{normal}"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: "0.2 s", "12 s", "3 min", "2.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def _numbers(cause: Cause, tag: Tag | None, span: float) -> tuple[str, str, str]:

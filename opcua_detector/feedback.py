@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .alarms import AlertState
-from .allowances import BALLS, Allowances, Scale, usual_residual
+from .allowances import BALLS, CALM, Allowances, Scale, calm_residual
 from .api import Float64, Int64, Method, MethodModel, Record, Tag, TagKind
 from .calibration import DAY_S, Calibration
 from .detectors.transition_adapt import adapt
@@ -36,14 +36,14 @@ from .errors import ConfigError, RecordError
 from .kernels.columns import SAME
 from .kernels.score import SCORE, soft
 from .model import NormalityModel
-from .views import ERROR_KINDS
 
 LABELS: Final = ("false alarm", "true", "unsure", "missed")
 Action = Literal["adapted", "tightened", "unchanged", "refused", "noted"]
 Opener = Callable[[MethodModel, Sequence[Tag]], Method]
 
 TRANSITION: Final = "transition"
-TRANSITION_KINDS: Final = ("trans", "bound", "conf", "affine")
+IN_DEVIATIONS: Final[Mapping[str, Sequence[str]]] = {TRANSITION: ("affine",), "regression": ("forecast", "relation")}
+"""Plugin -> kinds whose residuals are in healthy standard deviations of their column."""
 DAY_NS: Final = 86_400_000_000_000
 
 MAX_ROWS: Final = 4000  # of an interval: the situation of an alert shows in its first rows
@@ -54,8 +54,9 @@ RADIUS_MARGIN: Final = 1.2
 MOST_AGE: Final = 40  # rows
 MOST_BALLS: Final = 128  # of one delta
 GENEROSITY: Final = 1.1  # a residual may go so much beyond what was seen
-CALM: Final = 0.9  # score below which a situation is to stand afterwards: the deadband of an alert
-ATTEMPTS: Final = 5
+AT_REST: Final = 0.95  # score below which a situation is to stand afterwards
+LEAST_SHARE: Final = 0.2  # of the excess of the channel that is most off: others are let alone, if that is enough
+ATTEMPTS: Final = 6
 MOST_DELTAS: Final = 64  # that can be undone; older ones that are for good are folded into the model
 TOTAL_BALLS: Final = 2048
 TOTAL_CELLS: Final = 1_000_000
@@ -65,6 +66,7 @@ TREND: Final = 3  # a tag may go further than ever so often, then it is a trend
 TIGHTER: Final = 0.98  # a limit is set so far below what a missed alert reached
 CANDIDATES: Final = 4  # views that are tried for a missed alert
 FORECAST_ROWS: Final = 200_000
+FORECAST_CHUNK: Final = 500
 _PERMANENT: Final = ("confirmed", "paper")
 FOLDED: Final = "folded"
 
@@ -100,7 +102,7 @@ class Policy:
 
     mode: Literal["review", "paper"] = "review"
     expires_days: float = 7.0
-    protected: float = 0.15
+    protected: float = 0.2
     budget_factor: float = 3.0
 
     def __post_init__(self) -> None:
@@ -260,7 +262,7 @@ def forecast(
     record = record.rows(max(0, len(record) - FORECAST_ROWS), len(record))
     if len(record) == 0:
         return Forecast(0, 0, 0.0)
-    bench = _Bench(before, record, opener)
+    bench = _Bench(before, record, opener, FORECAST_CHUNK)
     counts = [_alerts(bench.score(m), bench.record, on_delay_ns, off_delay_ns) for m in (before, after)]
     days = len(record) * record.period_ns / 1e9 / DAY_S
     return Forecast(counts[0], counts[1], days)
@@ -268,7 +270,7 @@ def forecast(
 
 def lead_rows(model: NormalityModel, reach: int = 100) -> int:
     """Return how many rows before an interval make its judgement exact: the longest window and the methods' memory."""
-    return int(model.calibration.windows.max()) + 2 * reach + 2
+    return int(max(model.calibration.windows, default=0)) + 2 * reach + 2
 
 
 def journal(model: NormalityModel) -> tuple[Mapping[str, Any], ...]:
@@ -294,10 +296,13 @@ def _find(model: NormalityModel, delta_id: str) -> Mapping[str, Any]:
 
 
 class _Bench:
-    """Rows of a model's columns, and what models with the same columns make of them; residuals are made once."""
+    """Rows of a model's columns, and what models with the same columns make of them; residuals are made once.
 
-    def __init__(self, model: NormalityModel, record: Record, opener: Opener) -> None:
-        self.model, self.record, self._opener = model, record, opener
+    chunk : rows of one kernel call, 0 = all; a long call would hold Python's lock and with it the live loop
+    """
+
+    def __init__(self, model: NormalityModel, record: Record, opener: Opener, chunk: int = 0) -> None:
+        self.model, self.record, self._opener, self._chunk = model, record, opener, chunk or max(1, len(record))
         self.columns = model.plan.prepare(record.select([tag.name for tag in model.tags]))
         self.state = state_rows(model, record)
         self._made: dict[int, tuple[MethodModel, Method, Float64]] = {}
@@ -306,8 +311,16 @@ class _Bench:
         """Return a method and its residuals, float64[n, n_channels of it]."""
         if id(of) not in self._made:
             method = self._opener(of, self.model.plan.columns)
-            self._made[id(of)] = (of, method, method.residuals(self.columns))
+            self._made[id(of)] = (of, method, self._residuals(method))
         return self._made[id(of)][1:]
+
+    def _residuals(self, method: Method) -> Float64:
+        out = np.full((len(self.columns), len(method.channels)), np.nan)
+        for first in range(0, len(out), self._chunk):
+            stop = min(first + self._chunk, len(out))
+            early = max(0, first - 2 * (method.lag + method.memory))
+            out[first:stop] = method.residuals(self.columns.rows(early, stop))[first - early:]
+        return out
 
     def residual(self, methods: Sequence[MethodModel]) -> Float64:
         """Return float64[n, n_channels] without any allowance."""
@@ -327,7 +340,10 @@ class _Bench:
 
     def score(self, model: NormalityModel) -> Float64:
         """Return float64[n]: the score under a model."""
-        return model.calibration.score_rows(self.allowed(model), self.record.gap, self.state)[:, SCORE]
+        residual, scorer = self.allowed(model), model.calibration.scorer()
+        parts = [scorer.rows(residual[i:i + self._chunk], self.record.gap[i:i + self._chunk],
+                             self.state[i:i + self._chunk])[0][:, SCORE] for i in range(0, len(residual), self._chunk)]
+        return np.concatenate(parts) if parts else np.zeros(0)
 
     def inside(self, feedback: Feedback) -> Int64:
         """Return the rows of the interval, the first `MAX_ROWS` of them.
@@ -416,10 +432,10 @@ def _false_alarm(bench: _Bench, feedback: Feedback, policy: Policy) -> Outcome:
         made = _with(model, delta)
         score, views = bench.views(made)
         with np.errstate(invalid="ignore"):
-            left = inside[score[inside] >= CALM]
+            left = inside[score[inside] >= AT_REST]
         if len(left) == 0:
             break
-        maker.look_at(left, views, CALM, every_channel=attempt >= 1)
+        maker.look_at(left, views, AT_REST, relax=attempt >= 1)
         maker.check_values()
     else:
         with np.errstate(invalid="ignore"):
@@ -441,7 +457,7 @@ class _Maker:
     """Makes the delta of one false alarm.
 
     evidence : bool[n]; rows whose residuals made the alarm: those in the windows of the views that alarmed
-    channels : bool[n_channels]; of these views
+    alarming : bool[n_views]
     """
 
     def __init__(self, bench: _Bench, feedback: Feedback, policy: Policy) -> None:
@@ -450,25 +466,29 @@ class _Maker:
         self.fitted = fitted_methods(self.model)
         self.base = bench.residual(self.fitted)
         self.evidence = np.zeros(len(bench.record), bool)
-        self.channels = np.zeros(self.base.shape[1], bool)
+        self.alarming = np.zeros(len(self.model.calibration.views), bool)
+        self.energy = self.model.calibration.scorer().energies(self.base, bench.state)
+        self.least_share = LEAST_SHARE
         self.scale = Scale(self.model)
         plan = self.model.plan
         at = {c.name: i for i, c in enumerate(plan.columns)}
         self.column = np.array([at[c.column] for c in self.model.calibration.channels], np.int64)
-        usual = usual_residual(self.model.calibration)
-        self.usual: Float64 = np.where((bench.state >= 0)[:, None], usual[np.maximum(bench.state, 0)], np.inf)
+        calm = calm_residual(self.model.calibration, CALM[0])
+        self.calm: Float64 = np.where((bench.state >= 0)[:, None], calm[np.maximum(bench.state, 0)], np.inf)
         methods = [bench.method(m)[0] for m in self.fitted]
-        self.kinds = [c.kind for c in self.model.calibration.channels]
-        plugins = np.repeat([m.plugin for m in self.fitted], [len(method.channels) for method in methods])
-        self.transition = plugins == TRANSITION
+        self.plugins = [m.plugin for m, method in zip(self.fitted, methods, strict=True) for _ in method.channels]
+        self.transition = np.array(self.plugins) == TRANSITION
         reach = max(method.lag + method.memory for method in methods)
         self.ages = (0, min(reach, MOST_AGE))
         self.context = 2 * max((method.lag for method, m in zip(methods, self.fitted, strict=True)
                                 if m.plugin == TRANSITION), default=0)
         self._adapted: tuple[bytes, list[MethodModel], list[dict[str, Any]]] = (b"", [], [])
 
-    def look_at(self, rows: Int64, views: Float64, bar: float = 1.0, *, every_channel: bool = False) -> None:
-        """Add the evidence of rows that alarm: rows int64[m], views float64[n, n_views] over their limits."""
+    def look_at(self, rows: Int64, views: Float64, bar: float = 1.0, *, relax: bool = False) -> None:
+        """Add the evidence of rows that alarm: rows int64[m], views float64[n, n_views] over their limits.
+
+        relax : also take in channels that matter less
+        """
         calibration = self.model.calibration
         starts = np.flatnonzero(self.bench.record.gap)
         for v, view in enumerate(calibration.views):
@@ -482,14 +502,20 @@ class _Maker:
             np.add.at(mark, first, 1)
             np.add.at(mark, own + 1, -1)
             self.evidence |= np.cumsum(mark[:-1]) > 0
-            self.channels[[c for group in view.groups for c in group]] = True
-        if every_channel:
-            self.channels[:] = True
+            self.alarming[v] = True
+        if relax:
+            self.least_share *= 0.25
 
     def _off(self, residual: Float64) -> NDArray[np.bool_]:
-        """Return bool[n, n_channels]: evidence above what is usual."""
+        """Return bool[n, n_channels]: evidence above what an excused residual counts as, of channels that matter."""
+        usual = self.model.calibration.usual[np.maximum(self.bench.state, 0)]
+        excess = np.nan_to_num(np.maximum(self.energy - usual, 0.0)[self.evidence]).sum(axis=0)
+        matter = np.zeros(len(excess), bool)
+        for view in np.array(self.model.calibration.views, object)[self.alarming]:
+            own = [c for group in view.groups for c in group]
+            matter[own] |= excess[own] >= self.least_share * excess[own].max(initial=0.0)
         with np.errstate(invalid="ignore"):
-            return self.evidence[:, None] & self.channels & (residual > self.usual)
+            return self.evidence[:, None] & matter & (residual > self.calm)
 
     # -- what is refused
 
@@ -529,12 +555,14 @@ class _Maker:
             With the tag, the distance and the limit.
         """
         off = self._off(self.base)
-        units = channel_units(self.model)
+        units = channel_units(self.model, self.plugins)
+        healthy = largest_healthy(self.model.calibration)
         for c in np.flatnonzero(off.any(axis=0) & (units > 0)):
             column = self.model.plan.columns[self.column[c]]
             span = float(self.scale.span[self.column[c]])
-            far = float(np.quantile(self.base[off[:, c], c], 0.99)) * units[c]
-            if far > self.policy.protected * span:
+            # Less the plant's own noise. A jump that nobody can foresee is off by much in healthy operation too.
+            far = (float(np.quantile(self.base[off[:, c], c], 0.9)) - 2 * self.model.calibration.scale[0, c]) * units[c]
+            if far > max(self.policy.protected * span, healthy[c] * units[c]):
                 raise _Refused(f"{column.name} is off by {_value(far, column)} ({far / span:.0%} of its healthy span) "
                                f"from what the rest says, {self.policy.protected:.0%} is the protected limit; fit "
                                "again on a record that holds it")
@@ -647,7 +675,7 @@ class _Maker:
         if len(rows) == 0:
             return None
         with np.errstate(invalid="ignore"):
-            excess = np.where(off, residual - self.usual, 0.0)[rows]
+            excess = np.where(off, residual - self.calm, 0.0)[rows]
         own = np.flatnonzero(excess.any(axis=0))
         key = self._key_columns(excess / np.maximum(self.model.calibration.scale[0], 1e-12))
         z = self.scale.rows(self.bench.columns)
@@ -688,13 +716,15 @@ class _Maker:
     def _words(self, changes: Sequence[Mapping[str, Any]]) -> str:
         """Return in words what is allowed from now on."""
         off = self._off(self.base)
+        if not off.any():
+            return "what was seen is normal"
         usual = np.maximum(self.model.calibration.scale[0], 1e-12)
         c = int(np.argmax(np.where(off, self.base / usual, 0.0).sum(axis=0)))
         at, columns = int(self.column[c]), self.bench.columns
         column = self.model.plan.columns[at]
         rows = np.flatnonzero(off.any(axis=1) & (columns.valid[:, at] != 0))
         low, high = healthy_range(self.model)
-        unit = channel_units(self.model)[c]
+        unit = channel_units(self.model, self.plugins)[c]
         x = columns.values[rows, at]
         if len(x) and x.max() > high[at]:
             text = f"{column.name} may reach {_value(x.max(), column)}"
@@ -780,7 +810,7 @@ def _missed(bench: _Bench, feedback: Feedback, policy: Policy, healthy: Record |
     if healthy is None or len(healthy) == 0:
         return Outcome("noted", model, f"{kept}: the highest score was {known.max():.2g}; a limit is lowered only with "
                                        "a healthy recording to forecast from: record one, or give --healthy")
-    calm = _Bench(model, healthy, bench._opener)
+    calm = _Bench(model, healthy, bench._opener, FORECAST_CHUNK)
     budget = float(model.facts.get("false_alarms_per_day", 1.0))
     days = len(healthy) * healthy.period_ns / 1e9 / DAY_S
     before = _alerts(calm.score(model), calm.record, 0, 500_000_000)
@@ -938,21 +968,30 @@ def healthy_range(model: NormalityModel) -> tuple[Float64, Float64]:
     return low, high
 
 
-def channel_units(model: NormalityModel) -> Float64:
-    """Return float64[n_channels]: engineering units per unit of residual, 0 where a residual has none."""
+def channel_units(model: NormalityModel, plugins: Sequence[str]) -> Float64:
+    """Return float64[n_channels]: engineering units per unit of residual, 0 where a residual has none.
+
+    plugins : name of the plugin of each channel
+    """
     units = np.zeros(len(model.calibration.channels))
-    scales: dict[str, float] = {}
-    for m in model.methods:
-        if "inverse" in m.arrays and "mean" in m.arrays:
-            for name, inverse in zip(m.columns, m.arrays["inverse"], strict=True):
-                if inverse > 0.0:
-                    scales[name] = 1.0 / float(inverse)
-    ours = {(name, kind) for m in model.methods if m.plugin in (TRANSITION, "regression")
-            for name in m.columns for kind in ERROR_KINDS}
-    for c, channel in enumerate(model.calibration.channels):
-        if (channel.column, channel.kind) in ours:
-            units[c] = scales.get(channel.column, 0.0)
+    for c, (channel, plugin) in enumerate(zip(model.calibration.channels, plugins, strict=True)):
+        if channel.kind not in IN_DEVIATIONS.get(plugin, ()):
+            continue
+        for m in model.methods:
+            if m.plugin == plugin and channel.column in m.columns:
+                inverse = float(m.arrays["inverse"][m.columns.index(channel.column)])
+                units[c] = 1.0 / inverse if inverse > 0.0 else 0.0
     return units
+
+
+def largest_healthy(calibration: Calibration) -> Float64:
+    """Return float64[n_channels]: the largest residual of the healthy record, as far as the calibration tells."""
+    c = calibration
+    top = 4.0 * c.scale.max(axis=0)
+    for channel, slot in enumerate(c.slot):
+        if slot >= 0:
+            top[channel] = max(float(c.grid[s, slot, c.used[s, slot] - 1]) for s in range(len(c.states)))
+    return np.asarray(top)
 
 
 # --- bounded size --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from .views import View
 
 FORMAT = 2
 _CALIBRATION_ARRAYS = ("transform", "slot", "windows", "grid", "level", "used", "tail", "scale", "usual", "weight",
-                       "offset", "limit")
+                       "offset", "limit", "floor")
 _ADAPTED = "adapted/"
 
 
@@ -126,7 +126,8 @@ class NormalityModel:
             "methods": [{"plugin": m.plugin, "columns": list(m.columns), "period_ns": m.period_ns,
                          "params": dict(m.params)} for m in self.methods],
             "calibration": {"channels": [asdict(c) for c in self.calibration.channels],
-                            "views": [asdict(v) for v in self.calibration.views], "states": list(self.calibration.states),
+                            "views": [asdict(v) for v in self.calibration.views],
+                            "states": list(self.calibration.states),
                             "notes": list(self.calibration.notes)},
         }
         return header, arrays

@@ -62,8 +62,16 @@ RESULT_NODES: tuple[ResultNode, ...] = (
                unit="ms"),
     ResultNode("LostSamples", "UInt32", "samples known to be lost since the start"),
     ResultNode("SupersededWrites", "UInt32", "results that a newer one replaced before they could be written"),
+    ResultNode("FeedbackResult", "String", "what became of the last feedback, in words"),
 )
 SIGNALS = {node.signal: node for node in RESULT_NODES}
+
+# Written by the HMI and read by the detector; beside the results, never configured one by one.
+INPUT_NODES: tuple[ResultNode, ...] = (
+    ResultNode("Feedback", "String", "write 'false alarm', 'true' or 'unsure' (of the last alert; with its number: "
+               "'false alarm 12'), 'missed' or 'missed 120' (the last 60 or so many seconds); emptied when read"),
+    ResultNode("FeedbackBy", "String", "who gives the feedback, for the journal; written before Feedback"),
+)
 
 
 class State:
@@ -133,7 +141,7 @@ def nodeset_xml(monitors: Iterable[str]) -> str:
         ET.SubElement(obj, "DisplayName").text = monitor
         ET.SubElement(obj, "Description").text = f"Results of monitor {monitor}"
         _references(obj, "i=58", "i=85", "i=35")
-        for node in RESULT_NODES:
+        for node in (*RESULT_NODES, *INPUT_NODES):
             node_id = f"{owner}.{node.signal}"
             var = ET.SubElement(
                 root, "UAVariable", NodeId=node_id, BrowseName=f"1:{node.signal}", ParentNodeId=owner,

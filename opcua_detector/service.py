@@ -21,6 +21,7 @@ from .app import changed_since_fit, group_tags, model_path, open_monitor, record
 from .client import Finding, GroupFeed, LinkState, Session, WriteBack, check_outputs, check_tags, raise_findings
 from .config import Config, MonitorConfig
 from .engine import Engine, Monitor
+from .feedback_live import LiveFeedback
 from .model import load as load_model
 from .nodes import NO_SCORE, STATE_TEXTS, TOP, State
 from .store import AuditEntry, Event, Retention, Store
@@ -135,6 +136,7 @@ class Service:
         self._only, self._write, self._on_verdict = only, write, on_verdict
         self._backs: dict[str, WriteBack] = {}
         self._recordings: dict[str, Any] = {}
+        self.feedback: LiveFeedback | None = None
         self._tasks: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -212,12 +214,14 @@ class Service:
             back = WriteBack(self.sessions[server], nodes, on_ack=self._acknowledged)
             self._backs[server] = back
             await self.sessions[server].attach(back)
+        self.feedback = LiveFeedback(self.config, self.config_file, self.store, self.runs, self._tell_feedback)
         for group_name, items in monitors.items():
             for item, monitor in items:
                 record_model(self.store, monitor.model, model_path(self.config_file, item))
                 writer = self._backs.get(item.outputs.server) if item.outputs else None
                 self.runs[item.name] = MonitorRun(item, monitor, writer)
             await self._start_group(group_name, [self.runs[item.name] for item, _ in items])
+        await self.feedback.start(self.sessions, read_nodes=self._write)
 
     async def _start_group(self, name: str, runs: list[MonitorRun]) -> None:
         assert self.store is not None
@@ -233,6 +237,8 @@ class Service:
             self._recordings[name] = self.store.start_recording(
                 None, group_tags(group), group.period, group=name, server=group.server)
         recording = self._recordings.get(name)
+        assert self.feedback is not None
+        recent = self.feedback.watch(name, engine)
 
         def on_frame(frame: Frame) -> None:
             started = time.perf_counter_ns()
@@ -242,6 +248,7 @@ class Service:
             for run, verdict in zip(runs, verdicts, strict=True):
                 run.state = state_of(verdict) if frame.valid[run.columns].any() else State.NO_DATA
                 self._deliver(name, run, verdict)
+            recent.offer(frame)
             if recording is not None:
                 self.store.offer_row(recording, frame)  # type: ignore[union-attr]
 
@@ -267,6 +274,8 @@ class Service:
                 last_first.push_async_callback(back.stop, {name: LAST_WORDS for name in names})
             if self._tasks:
                 last_first.push_async_callback(asyncio.wait, set(self._tasks), timeout=EXPLAIN_PATIENCE_S)
+            if self.feedback is not None:
+                last_first.push_async_callback(self.feedback.stop)
             for feed in self.feeds.values():
                 last_first.push_async_callback(feed.stop)
 
@@ -346,6 +355,11 @@ class Service:
             self.store.record_event(self._event(run, verdict))
             if run.back is not None:
                 run.back.offer(run.config.name, verdict.source_ns, run.fast(verdict), run.cause_values())
+
+    def _tell_feedback(self, run: MonitorRun, text: str) -> None:
+        if run.back is not None:
+            verdict = run.monitor.verdict
+            run.back.offer(run.config.name, verdict.source_ns, run.fast(verdict), {"FeedbackResult": text})
 
     def _acknowledged(self, monitor: str, source_ns: int, ack_utc_ns: int) -> None:
         run = self.runs.get(monitor)

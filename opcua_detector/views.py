@@ -21,7 +21,7 @@ from .api import Channel
 
 Role = Literal["leading", "beside", "fixed", "lamp"]
 
-LINEAR_WINDOWS: Final = (6, 12, 24)  # rows
+LINEAR_WINDOWS: Final = (8, 12, 18)  # rows
 NONLINEAR_WINDOWS: Final = (10, 100, 1000)
 SLOW_WINDOW: Final = 1000  # rows of the second lamp
 MOST_OF_RECORD: Final = 4  # no window is longer than this part of the healthy record
@@ -120,8 +120,9 @@ def _predictors(parts: Sequence[Part], nonlinear: bool) -> dict[str, tuple[int, 
             if part.predicts and channel.kind in ERROR_KINDS:
                 of_kind.setdefault(channel.kind, []).append(c)
         at += len(part.channels)
-    wanted = ("forecast", "relation") if "relation" in of_kind and not nonlinear else tuple(of_kind)[:1]
-    return {kind: tuple(of_kind[kind]) for kind in wanted}
+    wanted = ("forecast", "relation") if "relation" in of_kind and not nonlinear else ("forecast",)
+    return {kind: tuple(of_kind[kind]) for kind in wanted if kind in of_kind} or {
+        kind: tuple(found) for kind, found in of_kind.items()}
 
 
 def _others(parts: Sequence[Part], windows: tuple[int, ...], nonlinear: bool, beside: bool) -> list[View]:

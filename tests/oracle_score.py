@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+from opcua_detector.kernels.score import SHARPNESS
+
 SAME, DIFFERENCE, SINE, COSINE = 0, 1, 2, 3
 SURPRISE, SQUARE, PLAIN = 0, 1, 2
 SURPRISE_CAP, ENERGY_CAP = 30.0, 1000.0
@@ -109,7 +111,7 @@ def ratio(view, value, limit):
 
 def counted(view, score):
     """What a view adds to the score: those beside the leading ones count little below their limit."""
-    return score if view.role == "leading" or score >= 1.0 else score ** 4
+    return score if view.role == "leading" or score >= 1.0 else score ** SHARPNESS
 
 
 def score_step(residual, gap, state, t, calibration):

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opcua_detector.api import Cause, Channel, Float64, Int64, Method, MethodModel, Plugin, Record, Tag, UInt8
+from opcua_detector.app import methods_of, only_nonlinear
+from opcua_detector.config import MonitorConfig
 from opcua_detector.detectors.onnx_model import OnnxParams, OnnxPlugin
-from opcua_detector.detectors.regression import RegressionParams, RegressionPlugin
 from opcua_detector.detectors.transition import TransitionParams, TransitionPlugin
 from opcua_detector.engine import AlertSettings, Engine, Monitor, frames_of
 from opcua_detector.errors import ModelTagsError
 from opcua_detector.fitting import FitReport, fit_monitor
 from opcua_detector.model import NormalityModel
+from opcua_detector.registry import Registry
 from sim_server.processes import Fault, make
 
 PERIOD_NS = 10_000_000
@@ -143,22 +146,23 @@ def sharp_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) -
     return Monitor("lorenz", model, [TransitionPlugin().open(model.methods[0], model.plan.columns)], tags, alert)
 
 
+_DEFAULT = MonitorConfig(name="auto", group="rows")
+
+
 def automatic_methods() -> list[tuple[str, Plugin, Any]]:
-    """The methods that `auto` stands for."""
-    return [("regression", RegressionPlugin(), RegressionParams()),
-            ("transition", TransitionPlugin(), TransitionParams())]
+    """The methods of a monitor whose config names none."""
+    return methods_of(_DEFAULT, Registry(), Path("default.yaml"))
 
 
 def automatic_fit(record: Record, **more: Any) -> tuple[NormalityModel, FitReport]:
     """A fit with the default configuration: `methods: [auto]`."""
-    return fit_monitor("auto", record, automatic_methods(), only_nonlinear=["transition"], **more)
+    return fit_monitor("auto", record, automatic_methods(), only_nonlinear=only_nonlinear(_DEFAULT), **more)
 
 
 def opened(model: NormalityModel) -> list[Method]:
     """The methods of a model, opened."""
-    plugins = {"regression": RegressionPlugin, "transition": TransitionPlugin, "onnx": OnnxPlugin,
-               "deviation": DeviationPlugin}
-    return [plugins[m.plugin]().open(m, model.plan.columns) for m in model.methods]
+    registry = Registry()
+    return [registry.get(m.plugin).open(m, model.plan.columns) for m in model.methods]
 
 
 def monitor_of(
@@ -172,7 +176,7 @@ def monitor_of(
 def product_fit() -> NormalityModel:
     """The model of `configs/lorenz.yaml`: the default methods and the bundled graph, 40 000 healthy rows."""
     methods = [*automatic_methods(), ("onnx", OnnxPlugin(), OnnxParams(model="bundled:lorenz"))]
-    return fit_monitor("lorenz", lorenz_rows(40_000, 1), methods, only_nonlinear=["transition"])[0]
+    return fit_monitor("lorenz", lorenz_rows(40_000, 1), methods, only_nonlinear=only_nonlinear(_DEFAULT))[0]
 
 
 def product_monitor(tags: Sequence[Tag]) -> Monitor:

@@ -33,6 +33,7 @@ from opcua_detector.kernels.score import (
     LEAST,
     PLAIN,
     SCORE,
+    SHARPNESS,
     SLOW,
     SQUARE,
     SURPRISE,
@@ -258,7 +259,7 @@ def test_views_that_lead_and_those_beside_them_count_alike_from_the_limit_on_and
         elif role == "leading":
             assert outs[t, SCORE] == pytest.approx(shares[lead])
         else:
-            assert outs[t, SCORE] == pytest.approx(shares[lead] ** 4)
+            assert outs[t, SCORE] == pytest.approx(shares[lead] ** SHARPNESS)
         assert outs[t, SCORE] >= max(x for v, x in shares.items() if c.views[v].role == "leading") - 1e-12
         by_role[role].append(outs[t, SCORE] >= 1)
     assert all(by_role.values())  # each came to lead

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opcua_detector.api import Cause, Tag
-from opcua_detector.explain import motion, number, rank, sentence
+from opcua_detector.explain import counterfactual_sentence, motion, number, plain_name, rank, sentence
 from opcua_detector.nodes import EXPLANATION_CHARS
 
 NAN = math.nan
 TAGS = {"u": Tag("u", unit="V", decimals=0), "theta": Tag("theta", unit="rad")}
 SPANS = {"u": 40.0, "theta": 2.0}
+KINDS = ["trans", "bound", "conf", "forecast", "relation", "affine", "range", "rate", "stuck", "other"]
 FALLS_SLOWLY = {"other": "theta", "from_range": (0.5, 0.7), "to_range": (0.3, 0.5), "step_s": 0.2}
 OUT_OF_BOUNDS = Cause("u", "bound", 0.9, 31.2, -7.6, 12.3, **FALLS_SLOWLY)
 
@@ -26,24 +27,28 @@ def said(cause):
 
 
 def test_a_value_out_of_its_bounds_is_told_with_the_situation_and_what_is_normal_there():
-    assert said(OUT_OF_BOUNDS) == "u is 31 V while theta falls slowly; normal there is -8 to 12 V"
+    assert said(OUT_OF_BOUNDS) == "u is 31 V, too high while theta falls slowly; normal there is -8 to 12 V"
 
 
 def test_a_tag_that_is_its_own_situation_is_called_it():
     assert said(replace(OUT_OF_BOUNDS, other="u", to_range=(-9, -8))) == (
-        "u is 31 V while it falls slowly; normal there is -8 to 12 V")
+        "u is 31 V, too high while it falls slowly; normal there is -8 to 12 V")
 
 
 def test_a_value_out_of_its_bounds_without_a_situation_says_none():
-    assert said(replace(OUT_OF_BOUNDS, other="")) == "u is 31 V; normal is -8 to 12 V"
+    assert said(replace(OUT_OF_BOUNDS, other="")) == "u is 31 V, too high; normal is -8 to 12 V"
 
 
 def test_a_movement_never_seen_is_told_with_its_duration_and_where_it_ended():
     cause = Cause("theta", "trans", 1.0, 0.91234, 0.1, 0.4, **{**FALLS_SLOWLY, "other": "theta"}, seen=False)
     assert said(cause) == (
-        "theta went within 0.2 s to 0.91 rad, a movement never seen; normal from there is 0.10 to 0.40 rad")
+        "theta rose within 0.2 s to 0.91 rad, a movement never seen; normal from there is 0.10 to 0.40 rad")
     assert said(replace(cause, normal_low=NAN)) == (
-        "theta went within 0.2 s to 0.91 rad, a movement never seen in healthy operation")
+        "theta rose within 0.2 s to 0.91 rad, a movement never seen in healthy operation")
+    assert said(replace(cause, observed=0.2, normal_low=0.3, normal_high=0.4)) == (
+        "theta fell faster than ever: within 0.2 s to 0.20 rad; normal from there is 0.30 to 0.40 rad")
+    assert said(replace(cause, observed=0.5, normal_low=0.1, normal_high=0.4)) == (
+        "theta fell slower than ever: within 0.2 s to 0.50 rad; normal from there is 0.10 to 0.40 rad")
     assert said(replace(cause, step_s=NAN, observed=NAN, normal_low=NAN)) == (
         "theta made a movement never seen in healthy operation")
 
@@ -54,11 +59,60 @@ def test_a_pattern_never_seen_is_told_with_both_tags():
     assert said(replace(cause, other="u", to_range=(30, 31))) == "u rises fast in a way never seen in healthy operation"
 
 
-@pytest.mark.parametrize(("observed", "times"), [
-    (32.0, ", 11 times the usual error"), (13.2, ", 2 times the usual error"), (12.8, ""), (5000.0, "")])
-def test_a_forecast_that_failed_is_told_with_what_was_expected_and_how_far_off_it_is(observed, times):
+@pytest.mark.parametrize(("observed", "side"), [
+    (32.0, "higher than"), (12.8, "higher than"), (-3.0, "lower than"), (5000.0, "higher than"),
+    (10.0, "steadily off what")])
+def test_a_forecast_that_failed_is_told_with_what_was_expected_and_to_which_side_it_is_off(observed, side):
     cause = Cause("u", "forecast", 1.0, observed, 8.0, 12.0)
-    assert said(cause) == f"u is {observed:.0f} V; its past and the other tags predict 8 to 12 V{times}"
+    assert said(cause) == f"u is {observed:.0f} V, {side} its own past predicts (8 to 12 V)"
+
+
+@pytest.mark.parametrize(("other", "whom"), [("", "the other tags"), ("theta", "theta")])
+def test_a_tag_that_does_not_follow_the_others_is_told_with_those_it_should_follow(other, whom):
+    cause = Cause("u", "relation", 1.0, 31.0, 8.0, 12.0, other=other)
+    assert said(cause) == f"u is 31 V, too high for {whom}; normal there 8 to 12 V"
+
+
+@pytest.mark.parametrize(("observed", "words"), [(31.0, "above"), (-31.0, "below")])
+def test_a_value_never_seen_is_told_with_the_range_that_was(observed, words):
+    assert said(Cause("u", "range", 1.0, observed, 8.0, 12.0)) == (
+        f"u is {observed:.0f} V, {words} all that was seen in healthy operation (8 to 12 V)")
+
+
+@pytest.mark.parametrize(("observed", "words"), [(32.0, "rose faster than ever, by 32 V"),
+                                                 (-32.0, "fell faster than ever, by 32 V")])
+def test_a_jump_larger_than_any_is_told_with_its_direction_and_the_largest_that_was(observed, words):
+    assert said(Cause("u", "rate", 1.0, observed, -12.0, 12.0)) == f"u {words} at once; never more than 12 V before"
+
+
+def test_a_stuck_tag_is_told_with_how_long_it_stands():
+    cause = Cause("u", "stuck", 1.0, 4.2, 0.0, 9.0, step_s=12.0)
+    assert said(cause) == "u is stuck at 4 V for 12 s; it never stood still so long in healthy operation"
+    assert said(replace(cause, to_range=(0.0, 3.0))) == (
+        "u is stuck at 4 V for 12 s; it never stood still longer than 3 s in healthy operation")
+    assert said(replace(cause, step_s=NAN)) == "u is stuck at 4 V; it never stood still so long in healthy operation"
+
+
+@pytest.mark.parametrize(("without", "score", "words"), [
+    (0.3, 4.21, "0.3 instead of 4.2: no alarm"), (0.97, 1.0, "0.97 instead of 1.0: no alarm"),
+    (0.99999, 250.4, "just below 1 instead of 250: no alarm"), (1.0, 3.0, "1.0 instead of 3.0: still an alarm")])
+def test_what_would_be_had_a_tag_followed_is_told_as_a_score_and_a_verdict(without, score, words):
+    assert counterfactual_sentence("flow", without, score) == (
+        f"had flow followed the other tags, the score would be {words}")
+
+
+@pytest.mark.parametrize("name", ["[red]x[/]", "{cause}%s", "a\nb\x1b[31m", "\u202eflow", "x" * 500, "<script>"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_name_breaks_a_line_a_terminal_or_the_sentence(name, kind):
+    cause = Cause(name, kind, 1.0, 31.0, 8.0, 12.0, other=name + "2", step_s=3.0, from_range=(0, 1), to_range=(2, 3))
+    text = sentence(cause, {name: Tag(name, unit="m\n" * 40)}, {name: 20.0})
+    assert text.isprintable() and 0 < len(text) <= EXPLANATION_CHARS
+    assert plain_name(name)[:10] in text or "?" in text
+
+
+def test_what_was_worst_some_time_ago_is_told_in_the_past():
+    assert sentence(replace(OUT_OF_BOUNDS, other=""), TAGS, SPANS, 1.0).startswith("u is 31 V, too high")
+    assert sentence(replace(OUT_OF_BOUNDS, other=""), TAGS, SPANS, 12.0).startswith("u was 31 V 12 s ago, too high")
 
 
 @pytest.mark.parametrize("kind", ["bound", "forecast", "anything"])
@@ -68,7 +122,7 @@ def test_a_cause_without_figures_still_names_the_tag(kind):
 
 
 def test_a_tag_that_the_model_does_not_know_is_told_without_unit():
-    assert said(Cause("w", "bound", 1.0, 1234.5678, 0.001, 2.0)) == "w is 1235; normal is 0.001 to 2"
+    assert said(Cause("w", "bound", 1.0, 1234.5678, 0.001, 2.0)) == "w is 1235, too high; normal is 0.001 to 2"
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------
@@ -90,11 +144,11 @@ def test_decimals_that_the_tag_states_win_over_its_span():
 
 def test_observed_and_limit_are_told_apart_where_rounding_would_make_them_equal():
     text = sentence(Cause("x", "bound", 1.0, 12.04, 2.0, 12.01), {}, {"x": 40.0})
-    assert text == "x is 12.04; normal is 2.00 to 12.01"
+    assert text == "x is 12.04, too high; normal is 2.00 to 12.01"
 
 
 def test_a_range_of_one_value_is_told_as_one_value():
-    assert sentence(Cause("x", "bound", 1.0, 37.0, 41.0, 41.0), {}, {"x": 40.0}) == "x is 37.0; normal is 41.0"
+    assert sentence(Cause("x", "bound", 1.0, 37.0, 41.0, 41.0), {}, {"x": 40.0}) == "x is 37.0, too low; normal is 41.0"
 
 
 @pytest.mark.parametrize(("start", "end", "words"), [
@@ -114,7 +168,7 @@ def test_motion_of_a_tag_without_a_usual_span_is_just_motion():
 names = st.sampled_from(["u", "theta", "w", "a" * 64])
 floats = st.floats(allow_nan=True, allow_infinity=True)
 causes = st.builds(
-    Cause, names, st.sampled_from(["trans", "bound", "conf", "forecast", "other"]), floats, floats, floats, floats,
+    Cause, names, st.sampled_from(KINDS), floats, floats, floats, floats,
     st.one_of(names, st.just("")), st.tuples(floats, floats), st.tuples(floats, floats), floats, st.integers(),
     st.booleans())
 tag_tables = st.dictionaries(names, st.builds(
@@ -122,9 +176,9 @@ tag_tables = st.dictionaries(names, st.builds(
 
 
 @settings(deadline=None, derandomize=True, max_examples=500)
-@given(causes, tag_tables, st.dictionaries(names, floats))
-def test_any_cause_gives_a_sentence_of_at_most_200_characters_without_a_broken_number(cause, tags, spans):
-    text = sentence(cause, tags, spans)
+@given(causes, tag_tables, st.dictionaries(names, floats), floats)
+def test_any_cause_gives_a_sentence_of_at_most_200_characters_without_a_broken_number(cause, tags, spans, age_s):
+    text = sentence(cause, tags, spans, age_s)
     assert 0 < len(text) <= EXPLANATION_CHARS
     assert not re.search(r"\b(nan|inf)\b|\?|  | while  |None", text)
 

@@ -14,9 +14,20 @@ from numpy.testing import assert_array_equal
 
 from opcua_detector import model as model_module
 from opcua_detector.api import Tag, TagKind
+from opcua_detector.engine import frames_of
 from opcua_detector.errors import ModelFileError, ModelTagsError
 from opcua_detector.model import FORMAT, load
-from tests.plants import PERIOD_NS, deviation_monitor, lorenz_fit, lorenz_monitor, lorenz_rows, noise_record, scores
+from tests.plants import (
+    PERIOD_NS,
+    deviation_monitor,
+    lorenz_fit,
+    lorenz_monitor,
+    lorenz_rows,
+    monitor_of,
+    noise_record,
+    product_fit,
+    scores,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +81,22 @@ def test_a_saved_model_comes_back_with_its_id_and_gives_the_same_scores_to_the_l
     theirs = scores(type(lorenz_monitor(record.tags))("lorenz", again, [method], record.tags), record)
     assert np.isfinite(ours).sum() > 1800
     assert_array_equal(ours, theirs)
+
+
+def test_the_model_of_the_sample_config_comes_back_with_the_same_verdicts_to_the_last_bit(tmp_path):
+    path = tmp_path / "product.npz"
+    product_fit().save(path)
+    again = load(path)
+    assert again.model_id == product_fit().model_id and again.calibration.views == product_fit().calibration.views
+    record = lorenz_rows(2500, 7)
+    record = dataclasses.replace(record, gap=(np.arange(2500) % 900 == 0).astype(np.uint8))
+    seen = []
+    for one in (product_fit(), again):
+        monitor = monitor_of(one, record.tags)
+        seen.append([(v.score, v.slow_score, v.r_trans, v.residual.tolist(), v.contribution.tolist(), v.quality)
+                     for v in map(monitor.step, frames_of(record))])
+    assert repr(seen[0]) == repr(seen[1])
+    assert np.isfinite([row[:2] for row in seen[0]]).all(axis=1).sum() > 2400
 
 
 def test_every_field_comes_back(tmp_path):

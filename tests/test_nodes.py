@@ -13,6 +13,7 @@ from asyncua import Client, Server, ua
 
 from opcua_detector.nodes import (
     EXPLANATION_CHARS,
+    INPUT_NODES,
     NO_SCORE,
     RESULT_NODES,
     RESULTS_NAMESPACE,
@@ -33,7 +34,7 @@ CONTRACT = {
     "StateText": "String", "Quality": "String", "ExplanationText": "String", "EventNo": "UInt32", "ModelId": "String",
     "LastUpdate": "DateTime", "LastUpdateText": "String", "Heartbeat": "UInt32", "LatencyMs": "Double",
     "LostSamples": "UInt32", "SupersededWrites": "UInt32", "RTrans": "Double", "RBound": "Double", "RConf": "Double",
-    "Residuals": "Double", "Contributions": "Double",
+    "Residuals": "Double", "Contributions": "Double", "FeedbackResult": "String",
 } | {f"Top{k}{part}": kind for k in (1, 2, 3)
      for part, kind in (("Tag", "String"), ("Contribution", "Double"), ("Cause", "String"))}
 
@@ -85,7 +86,7 @@ def test_the_nodeset_is_well_formed_and_no_node_id_stands_twice():
     ids = [node.get("NodeId") for node in root if node.get("NodeId")]
     assert len(ids) == len(set(ids))
     ranges = sum(node.eu_range is not None and not node.array for node in RESULT_NODES)
-    assert len(root.findall("ua:UAVariable", NS)) == len(MONITORS) * (len(RESULT_NODES) + ranges)
+    assert len(root.findall("ua:UAVariable", NS)) == len(MONITORS) * (len(RESULT_NODES) + len(INPUT_NODES) + ranges)
     assert len(root.findall("ua:UAObject", NS)) == len(MONITORS)
     assert [uri.text for uri in root.iter(f"{{{NS['ua']}}}Uri")] == [RESULTS_NAMESPACE]
 
@@ -129,8 +130,10 @@ async def test_a_server_imports_the_nodeset_with_types_rights_and_initial_values
     for monitor in MONITORS:
         owner = client.get_node(f"ns={index};s={monitor}")
         children = {(await child.read_browse_name()).Name: child for child in await owner.get_children()}
-        assert set(children) == set(SIGNALS)
-        for signal, row in SIGNALS.items():
+        inputs = {node.signal: node for node in INPUT_NODES}
+        assert set(inputs) == {"Feedback", "FeedbackBy"} and not set(inputs) & set(SIGNALS)
+        assert set(children) == set(SIGNALS) | set(inputs)
+        for signal, row in (SIGNALS | inputs).items():
             node = children[signal]
             assert node.nodeid.Identifier == f"{monitor}.{signal}" and node.nodeid.NamespaceIndex == index
             assert await node.read_data_type_as_variant_type() == ua.VariantType[row.type]

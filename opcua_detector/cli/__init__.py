@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DetectorError
-from . import assess, demo, offline, online
+from . import assess, demo, feedback, offline, online
 from .terminal import EXIT_INTERRUPTED, err, fail
 
 TRACEBACK = "OPCUA_DETECTOR_TRACEBACK"  # set to 1: an unexpected failure shows where it happened
@@ -76,6 +76,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
 for function, words in COMMANDS:
     own: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True} if function is online.sim else {}
     app.command(short_help=words, context_settings=own, add_help_option=function is not online.sim)(function)
+app.add_typer(feedback.app, name="feedback", short_help="Tell what an alert was; review what was made of it.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,13 +19,12 @@ from ..config import Config, GroupConfig
 from ..csv_rows import read_csv
 from ..engine import Monitor
 from ..errors import ConfigError, RecordError
-from ..evaluation import VUS_WINDOW, Evaluation, Replay, as_dict, held_truth, replay
+from ..evaluation import VUS_PARTS, VUS_WINDOW, Evaluation, Replay, as_dict, at_most, held_truth, in_words, replay
 from ..evaluation import evaluate as worth
 from ..frames import record_from_columns
 from ..report import Section, TimeAxis, make_section, need_extra, render
 from ..report.page import figure, percent
 from ..report.plots import HEAT_BINS
-from ..report.timeaxis import in_words
 from ..store import Store, StoredRecording
 from .offline import Csv, Intervals, Without, _within
 from .terminal import (
@@ -52,8 +51,9 @@ Truth = Annotated[str | None, typer.Option("--truth", metavar="NAME", help=(
     "[default: the column 'truth', or what the recording was stored with]"))]
 MapOf = Annotated[list[str] | None, typer.Option("--map", metavar="TAG", help=(
     "Draw the transition map of this tag; repeatable. [default: the tags with the most movements never seen]"))]
-VusWindow = Annotated[int, typer.Option("--vus-window", metavar="ROWS", min=0, max=100_000, help=(
-    "Window of the figure VUS-PR: how near a row must be to an event to count in part."))]
+VusWindow = Annotated[int | None, typer.Option("--vus-window", metavar="ROWS", min=0, max=100_000, help=(
+    "Window of the figure VUS-PR: how near a row must be to an event to count in part. "
+    f"[default: {VUS_WINDOW}; of a monitor that judges parts {VUS_PARTS} parts]"))]
 
 
 def evaluate(
@@ -65,7 +65,7 @@ def evaluate(
     without: Without = None,
     truth: Truth = None,
     monitor: MonitorName = None,
-    vus_window: VusWindow = VUS_WINDOW,
+    vus_window: VusWindow = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recording through the engine and say what the alarms are worth.
@@ -95,7 +95,7 @@ def report(
     truth: Truth = None,
     monitor: MonitorName = None,
     map_of: MapOf = None,
-    vus_window: VusWindow = VUS_WINDOW,
+    vus_window: VusWindow = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recording through the engine and write what happened as one HTML page.
@@ -198,7 +198,7 @@ def _from_csv(path: Path, group: GroupConfig, truth: str | None) -> Record:
 
 
 def _judge(
-    rows: _Rows, config_file: Path, only: list[str] | None, vus_window: int, *, bins: int,
+    rows: _Rows, config_file: Path, only: list[str] | None, vus_window: int | None, *, bins: int,
 ) -> list[tuple[Monitor, Record, Replay, Evaluation, str]]:
     """Replay the rows through each monitor; return what it said and what that is worth."""
     done = []
@@ -240,12 +240,13 @@ def _tell(found: Evaluation, said: Replay, source: str) -> None:
     point = found.point
     if point is not None:
         rows += [
-            ["events found", f"{point.detected} of {point.onsets}", f"recall of onsets {figure(point.onset_recall)}"],
+            ["events found", f"{point.detected} of {point.onsets}" if point.onsets else "none known",
+             f"recall of onsets {figure(point.onset_recall)}" if point.onsets else ""],
             ["median delay", in_words(point.delay_s), ""],
             ["false alarms", f"{point.false_alarms}", f"{figure(point.false_alarms_per_hour)} in an hour"],
             ["healthy time in alarm", percent(point.false_alarm_share), f"of {in_words(point.healthy_h * 3600)}"]]
     else:
-        rows += [["alerts", f"{found.raised}", f"the budget allows {figure(found.allowed)} in this time"],
+        rows += [["alerts", f"{found.raised}", f"the budget allows {at_most(found.allowed)} in this time"],
                  ["alerts a day", figure(found.alerts_per_day), f"budget {found.budget_per_day:g}"],
                  ["time at or over the limit", percent(found.above[1.0]), ""]]
         rows += [[f"score, {100 * q:g} % of the time below" if q < 1 else "highest score", figure(value), ""]

@@ -18,12 +18,14 @@ from opcua_detector.api import Float64, Int64, Record
 from opcua_detector.detectors.transition_fit import Columns, describe_columns
 from opcua_detector.errors import RecordError
 from opcua_detector.kernels.regression import HOLD_ROWS, LARGEST
+from opcua_detector.kernels.ridge import last_on_others, ridged
 
 Bool = NDArray[np.bool_]
 ALL_PARTNERS_UP_TO = 128
 PARTNERS = 64
 MIN_ROWS = 50
 CHUNK = 8192  # rows at a time: 8 lagged columns of 200 take 50 MB
+ENDS_PER_ROW = 4  # a run of rows shorter than this is summed whole
 HELD_OUT = 0.2
 # -- the nonlinear correction
 MIN_ROWS_NONLINEAR = 1000  # below, a gain of a tenth on the last fifth can be luck
@@ -190,11 +192,39 @@ def make_layout(z: Float64, inert: int, params: Any) -> Layout:
 
 
 def gram(z: Float64, rows: Int64, lags: int) -> Float64:
-    """Return float64[(lags + 1) d, ...]: sum over the rows of x x', x = [z(t - lags), ..., z(t)]."""
+    """Return float64[(lags + 1) d, ...]: sum over the rows of x x', x = [z(t - lags), ..., z(t)].
+
+    Notes
+    -----
+    Over an unbroken run of rows a ... b - 1 the block of the lags (i + 1, j + 1) is that of (i, j) with the row before
+    the run, z(a - 1 - i) z(a - 1 - j)', in place of its last one, z(b - 1 - i) z(b - 1 - j)'. So only the products
+    with z(t) are summed over all rows: with 8 lags a quarter of the work. Where the runs are short the ends would cost
+    more than that saves.
+    """
     d = z.shape[1]
-    total = np.zeros(((lags + 1) * d, (lags + 1) * d))
+    first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    if ENDS_PER_ROW * first.size >= rows.size or lags == 0:
+        return _products(z, rows, lags, 0)
+    total = np.empty(((lags + 1) * d, (lags + 1) * d))
+    here = lags * d
+    now = total[here:]
+    now[:] = 0.0
     for k in range(0, rows.size, CHUNK):
         x = lagged(z, rows[k : k + CHUNK], lags, 0)
+        now += x[:, here:].T @ x
+    ends = _products(z, rows[first], lags, 1) - _products(z, rows[np.append(first[1:] - 1, rows.size - 1)] + 1, lags, 1)
+    for at in range(here - d, -1, -d):
+        total[at : at + d, :here] = total[at + d : at + 2 * d, d:] + ends[at : at + d]
+        total[at : at + d, here:] = now[:, at : at + d].T
+    return total
+
+
+def _products(z: Float64, rows: Int64, oldest: int, newest: int) -> Float64:
+    """Return the sum over the rows of x x', x = [z(t - oldest), ..., z(t - newest)]."""
+    width = (oldest - newest + 1) * z.shape[1]
+    total = np.zeros((width, width))
+    for k in range(0, rows.size, CHUNK):
+        x = lagged(z, rows[k : k + CHUNK], oldest, newest)
         total += x.T @ x
     return total
 
@@ -221,24 +251,39 @@ def solve(total: Float64, n: int, layout: Layout, params: Any) -> Linear:
     light, strong = params.ridge * n, params.relation_ridge * n
     if layout.dense:
         width = here + inert
-        forecast[:] = _ridge(total[:width, :width], total[:width, here + inert :], light).T
+        a = total[:width, :width] + light * np.eye(width)
+        forecast[:] = np.linalg.solve(a, total[:width, here + inert :]).T
         inverse = np.linalg.inv(total + strong * np.eye(here + d))
         relation[:] = inverse[here:] / np.diag(inverse)[here:, None]
         return Linear(forecast, relation)
     for c in range(d):
         if c >= inert:
             seen = layout.forecast_entries(c)
-            forecast[c - inert, : seen.size] = _ridge(total[np.ix_(seen, seen)], total[seen, here + c], light)
+            forecast[c - inert, : seen.size] = _ridge(total, seen, here + c, light)
         seen = layout.relation_entries(c)
         own = seen == here + c
-        others = seen[~own]
         relation[c, own] = 1.0
-        relation[c, ~own] = -_ridge(total[np.ix_(others, others)], total[others, here + c], strong)
+        relation[c, ~own] = -_ridge(total, seen[~own], here + c, strong)
     return Linear(forecast, relation)
 
 
-def _ridge(a: Float64, b: Float64, ridge: float) -> Float64:
-    return np.asarray(np.linalg.solve(a + ridge * np.eye(a.shape[0]), b), np.float64)
+def _ridge(total: Float64, seen: Int64, own: int, ridge: float) -> Float64:
+    """Return the ridge regression of entry `own` of a Gram matrix on the entries `seen`.
+
+    By the Cholesky factor of both together, at half the cost of an LU solve; a matrix that rounding has made
+    indefinite (a ridge far below 1e-16 of the largest product) is left to the latter.
+    """
+    entries = np.append(seen, own)
+    a = np.empty((entries.size, entries.size))
+    ridged(total, entries, ridge, a)
+    try:
+        factor = np.linalg.cholesky(a)
+    except np.linalg.LinAlgError:
+        b = total[np.ix_(seen, seen)] + ridge * np.eye(seen.size)
+        return np.asarray(np.linalg.solve(b, total[seen, own]), np.float64)
+    weights = np.empty(seen.size)
+    last_on_others(factor, weights)
+    return weights
 
 
 def held_out_errors(z: Float64, rows: Int64, layout: Layout, early: Linear) -> Float64:
@@ -408,10 +453,13 @@ def _path(x: Float64, y: Float64, x_out: Float64, y_out: Float64) -> tuple[Float
     """
     values, vectors = np.linalg.eigh(x.T @ x)
     values = np.maximum(values, 0.0)[:, None]
-    target, ahead = vectors.T @ (x.T @ y), x_out @ vectors
+    target = vectors.T @ (x.T @ y)
+    few = RIDGES.size * y.shape[1] < x.shape[1]  # then turning the weights is cheaper than turning the rows
+    ahead = x_out if few else x_out @ vectors
     best, ridge, error = np.full(y.shape[1], np.inf), np.ones(y.shape[1]), y_out.copy()
     for one in RIDGES:
-        e = y_out - ahead @ (target / (values + one * x.shape[0]))
+        along = target / (values + one * x.shape[0])
+        e = y_out - ahead @ (vectors @ along if few else along)
         inner = _inner_rms(e)
         better = inner < best
         best[better], ridge[better], error[:, better] = inner[better], one, e[:, better]

@@ -1,21 +1,19 @@
 """Kernel of operator feedback: what a residual may be in a situation that was declared normal.
 
-A situation is a ball in the space of some columns, now and some rows ago. Inside it a residual counts by what it
-stands above its allowance, but never as less than usual:
-
-    r' = min(r, max(usual, r - allowance))
-
-which is continuous and never falls where r rises, so that a larger fault in the same situation still counts. Where
+A situation is a ball in the space of some columns, now and some rows ago. Inside it a residual r between `low` and
+low + allowance counts as one between `low` and `high`, in proportion; both are such that they do not alarm, but stand
+above what is healthy. What goes beyond the allowance counts in full on top of `high`. So r' is continuous and rises
+with r: a larger fault in the same situation still alarms, and of two excused ones the larger still ranks higher. Where
 several balls hold, the largest allowance of each channel counts, so the order of feedback does not matter.
 
 What a call needs is packed (D columns, C channels, E balls, B groups of balls that share columns and channels):
 
-    ints    int64    HEADER: D, C, B, rows of memory; then for each group: E, K, M, place of its balls in `floats`,
-                     columns[K], ages[K] (rows ago), channels[M]
+    ints    int64    HEADER: D, C, B, rows of memory, largest K; then for each group: E, K, M, place of its balls in
+                     `floats`, columns[K], ages[K] (rows ago), channels[M]
     floats  float64  middle[D], inverse[D] (of the healthy spans), then for each ball: radius, centre[K],
                      allowance[M]
-    usual   float64  [n_states * C]: residual that counts as usual
-    memory  float64  allowed[C], then scaled values of the last rows [rows of memory * D]
+    calm    float64  [n_states * C * 2]: low and high of each channel
+    memory  float64  allowed[C], point[largest K], then scaled values of the last rows [rows of memory * D]
     cursor  int64    place in the memory, rows since the last gap
 """
 
@@ -30,13 +28,16 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-HEADER: Final = 4
+HEADER: Final = 5
 GROUP: Final = 4
 
 
-@njit("void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1])", cache=True)
+@njit(
+    "void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1])",
+    cache=True, nogil=True,
+)
 def allow_rows(
-    values: Array, valid: Array, gap: Array, state: Array, residual: Array, ints: Array, floats: Array, usual: Array,
+    values: Array, valid: Array, gap: Array, state: Array, residual: Array, ints: Array, floats: Array, calm: Array,
     memory: Array, cursor: Array,
 ) -> None:
     """Take rows into the memory and lower their residuals, in place, by what is allowed.
@@ -51,14 +52,18 @@ def allow_rows(
     lie within its radius and at least half of them are known.
     """
     d, n_channels, n_groups, length = ints[0], ints[1], ints[2], ints[3]
+    first = n_channels + ints[4]
+    point = memory[n_channels:first]
     for t in range(state.shape[0]):
         if gap[t] != 0:
             cursor[1] = 0
-        place = (cursor[0] + 1) % length
+        place = cursor[0] + 1
+        if place >= length:
+            place = 0
         cursor[0] = place
         if cursor[1] < length:
             cursor[1] += 1
-        at = n_channels + place * d
+        at = first + place * d
         for c in range(d):
             x = values[t * d + c]
             known = valid[t * d + c] != 0 and math.isfinite(x)
@@ -73,22 +78,24 @@ def allow_rows(
             own = keys + 2 * n_keys
             where = own + n_own
             size = 1 + n_keys + n_own
+            n_known = 0
+            for k in range(n_keys):
+                age = ints[keys + n_keys + k]
+                row = place - age
+                if row < 0:
+                    row += length
+                point[k] = memory[first + row * d + ints[keys + k]] if age < cursor[1] else np.nan
+                n_known += not math.isnan(point[k])
+            if 2 * n_known < n_keys:
+                continue
             for _ in range(n_balls):
                 radius = floats[ball]
-                known_keys = 0
                 inside = True
                 for k in range(n_keys):
-                    age = ints[keys + n_keys + k]
-                    if age >= cursor[1]:
-                        continue
-                    z = memory[n_channels + ((place - age) % length) * d + ints[keys + k]]
-                    if math.isnan(z):
-                        continue
-                    if abs(z - floats[ball + 1 + k]) > radius:
+                    if abs(point[k] - floats[ball + 1 + k]) > radius:  # false for NaN
                         inside = False
                         break
-                    known_keys += 1
-                if inside and 2 * known_keys >= n_keys:
+                if inside:
                     if not hit:
                         hit = True
                         for c in range(n_channels):
@@ -102,6 +109,9 @@ def allow_rows(
                 allowed = memory[c]
                 if allowed > 0.0:
                     r = residual[t * n_channels + c]
-                    normal = usual[state[t] * n_channels + c]
-                    if r > normal:  # false for NaN
-                        residual[t * n_channels + c] = max(normal, r - allowed)
+                    low = calm[2 * (state[t] * n_channels + c)]
+                    high = calm[2 * (state[t] * n_channels + c) + 1]
+                    if r > low and allowed > high - low:  # false for NaN
+                        beyond = r - low - allowed
+                        residual[t * n_channels + c] = (
+                            high + beyond if beyond > 0.0 else low + (high - low) * (r - low) / allowed)

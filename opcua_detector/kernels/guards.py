@@ -7,12 +7,13 @@ lie within those of healthy blocks, while as they are they do not.
 
 What a call needs is packed:
 
-    ints    int64    n_tags, n_scales, then index[n_tags]: the tag's place in the row
+    ints    int64    n_tags, n_scales, how many of them are tried first, then index[n_tags]: the tag's place in the row
     tables  float64  [n_tags * TABLE]: coarse, needed, block, centre, low, high, mean_low, mean_high, spread_low,
-                     spread_high, step_low, step_high, units; then [n_scales * SCALE]: factor, offset, units
+                     spread_high, step_low, step_high, units, relative; then [n_scales * SCALE]: factor, offset, units
     state   float64  [n_tags * STATE], places below
 
-coarse: least common step that counts as coarser than learnt (inf: not watched); needed: changes that must share it;
+coarse: least common step that counts as coarser than learnt (inf: not watched), for a tag of few significant digits
+at least relative times its value; needed: changes that must share it;
 block: rows, 0 = scale not watched; low .. step_high: of healthy blocks. A scale with an offset or of a factor below
 LEAST_FACTOR holds for tags of its unit only (`units` of both share a bit).
 """
@@ -25,19 +26,29 @@ from typing import Final
 import numpy as np
 from numba import njit
 
-TABLE: Final = 13
+TABLE: Final = 14
 SCALE: Final = 3
-STATE: Final = 18
+STATE: Final = 19
 (COMMON, LAST, CHANGES, LEVELS, ORIGIN, FINE, COARSE_MASK, TOLD_STEP, ROWS, SUM, SQUARES, MOVED, STEPS, LOWEST, HIGHEST,
- BEFORE, SCALE_MASK, LONGEST) = range(STATE)
+ BEFORE, SCALE_MASK, LONGEST, ERROR) = range(STATE)
 MIN_LEVELS: Final = 4  # different values: a tag that toggles between two or three has no resolution to tell
+CONFIRMED: Final = 3  # changes after which a step is kept though a long change cannot be measured by it
 BACK: Final = 5  # changes without a common step end the mask
-ROUNDING: Final = 4.0  # units in the last place of a value
+ROUNDING: Final = 2.0  # units in the last place of a value
+TELLING: Final = 0.02  # of a step: a rounding error above it tells nothing
 SINGLE, DOUBLE = 2.0**-23, 2.0**-52
 WITHIN: Final = 1.5  # healthy spreads and steps may be exceeded by this factor, and still be as learnt
 CLOSE: Final = 1.2  # the same for a scale that explains them
 MARGIN, CLOSE_MARGIN = 0.25, 0.1  # of the healthy span, on both sides of mean and extremes
 BLOCKS_THAT_AGREE: Final = 2
+
+
+@njit("void(float64[::1], int64)", cache=True)
+def _new_block(state, s):
+    for k in range(ROWS, STEPS + 1):
+        state[s + k] = 0.0
+    state[s + LOWEST] = np.inf
+    state[s + HIGHEST] = -np.inf
 
 
 @njit("void(float64[::1])", cache=True)
@@ -49,14 +60,6 @@ def begin(state):
         state[s + LAST] = np.nan
 
 
-@njit("void(float64[::1], int64)", cache=True)
-def _new_block(state, s):
-    for k in range(ROWS, STEPS + 1):
-        state[s + k] = 0.0
-    state[s + LOWEST] = np.inf
-    state[s + HIGHEST] = -np.inf
-
-
 @njit("int64(int64)", cache=True)
 def _bits(x):
     count = 0
@@ -66,50 +69,70 @@ def _bits(x):
     return count
 
 
-@njit("float64(float64, float64, float64, float64)", cache=True)
-def common_step(a, b, rounding, least):
-    """Return the greatest common step of two distances to their rounding; 0 where it is below `least`."""
+@njit("UniTuple(float64, 2)(float64, float64, float64, float64, float64)", cache=True)
+def common_step(a, of_a, b, of_b, least):
+    """Return (the greatest common step of two distances, how true it is); (0, 0) where it is below `least`.
+
+    of_a, of_b : how true the distances are. Each remainder a - q b is true to of_a + q of_b; where that comes near b
+    nothing can be told, which is (0, 0) as well.
+    """
     if a < b:
-        a, b = b, a
+        a, of_a, b, of_b = b, of_b, a, of_a
     for _ in range(64):
-        if b <= rounding:
-            return a if a >= least else 0.0
-        if b < least:
-            return 0.0
+        if b <= of_b:
+            return (a, of_a) if a >= least and of_a <= TELLING * a else (0.0, 0.0)
+        if b < least or of_b > TELLING * b:
+            return 0.0, 0.0
         q = np.round(a / b)
-        a, b = b, abs(a - q * b)
-        rounding *= min(q + 1.0, 1e6)  # an error of b enters q times
-        if rounding > 0.1 * a:
-            return 0.0  # nothing can be told
-    return 0.0
+        a, of_a, b, of_b = b, of_b, abs(a - q * b), of_a + q * of_b
+    return 0.0, 0.0
+
+
+@njit("UniTuple(float64, 3)(float64, float64, float64, float64, float64)", cache=True)
+def join(g, of_g, apart, rounding, least):
+    """Take one more distance into a common step: (step, how true it is, 1 where the distance lay on it).
+
+    The step is 0 where there is none, and stays where the distance is too long to tell. A distance of q steps makes
+    the step q times as true as itself.
+    """
+    if g == 0.0:
+        return apart, rounding, 0.0
+    q = np.round(apart / g)
+    if rounding + q * of_g > TELLING * g:
+        return g, of_g, -1.0
+    if abs(apart - q * g) <= rounding + q * of_g:
+        if rounding < of_g * q:
+            return apart / q, rounding / q, 1.0
+        return g, of_g, 1.0
+    g, of_g = common_step(g, of_g, apart, rounding, least)
+    return g, of_g, 0.0
 
 
 @njit("void(float64, float64[::1], int64, float64[::1], int64)", cache=True)
 def _resolution(x, tables, t, state, s):
     """Take a change to x into the common step of the tag; set or end its mask."""
-    coarse, last = tables[t], state[s + LAST]
+    last = state[s + LAST]
+    coarse = max(tables[t], tables[t + 13] * max(abs(x), abs(last)))
     apart = abs(x - last)
     single = np.float64(np.float32(x)) == x and np.float64(np.float32(last)) == last
     rounding = ROUNDING * (SINGLE if single else DOUBLE) * max(abs(x), abs(last))
-    g = state[s + COMMON]
-    if apart < coarse:
-        g = -1.0
-    elif g == 0.0:
-        g = apart
+    g, on_it = 0.0, 0.0
+    if apart >= coarse:
+        if state[s + COMMON] == 0.0:
+            state[s + ORIGIN] = last
+        g, of_g, on_it = join(state[s + COMMON], state[s + ERROR], apart, rounding, coarse)
+        state[s + ERROR] = of_g
+        if on_it < 0.0:
+            if state[s + CHANGES] < CONFIRMED:  # a step that long ones cannot be measured by is not to stay
+                state[s + COMMON] = 0.0
+                state[s + CHANGES] = 0.0
+                state[s + LEVELS] = 0.0
+            return
+    if on_it == 0.0:
         state[s + CHANGES] = 0.0
         state[s + LEVELS] = 0.0
-        state[s + ORIGIN] = last
-    else:
-        q = np.round(apart / g)
-        if abs(apart - q * g) > rounding * (q + 2.0):
-            g = common_step(g, apart, rounding, coarse)
-            if g == 0.0:
-                g = -1.0
-            state[s + CHANGES] = 0.0
-            state[s + LEVELS] = 0.0
-    if g < 0.0:
+    if g == 0.0:
         state[s + COMMON] = 0.0
-        state[s + CHANGES] = 0.0
         state[s + FINE] += 1.0
         if state[s + FINE] >= BACK:
             state[s + COARSE_MASK] = 0.0
@@ -156,6 +179,8 @@ def _scale(ints, tables, t, state, s):
     middle = math.sqrt(tables[t + 8] * tables[t + 9])
     best, found = np.inf, 0
     for k in range(ints[1]):
+        if k == ints[2] and found != 0:
+            break
         at = ints[0] * TABLE + k * SCALE
         factor, offset, units = tables[at], tables[at + 1], int(tables[at + 2])
         if units != 0 and (int(tables[t + 12]) & units) == 0:
@@ -180,7 +205,7 @@ def guard_row(values, valid, gap, ints, tables, state, out_valid):
     out_valid[:] = valid
     told = 0
     for i in range(ints[0]):
-        c, t, s = ints[2 + i], i * TABLE, i * STATE
+        c, t, s = ints[3 + i], i * TABLE, i * STATE
         before = state[s + COARSE_MASK] != 0.0 or state[s + SCALE_MASK] != 0.0
         x = values[c]
         if gap:
@@ -224,3 +249,19 @@ def guard_rows(values, valid, gap, ints, tables, state, out_valid, told):
     """Run `guard_row` over a record: float64[n, n_tags] -> out_valid uint8[n, n_tags], told uint8[n]."""
     for k in range(values.shape[0]):
         told[k] = guard_row(values[k], valid[k], gap[k] != 0, ints, tables, state, out_valid[k])
+
+
+@njit("float64(float64[::1])", cache=True)
+def least_step(x):
+    """Return the greatest common step of all changes in float64[n], 0 where none can be told from their rounding."""
+    g, of_g = 0.0, 0.0
+    for k in range(1, x.shape[0]):
+        if x[k] == x[k - 1]:
+            continue
+        apart = abs(x[k] - x[k - 1])
+        single = np.float64(np.float32(x[k])) == x[k] and np.float64(np.float32(x[k - 1])) == x[k - 1]
+        rounding = ROUNDING * (SINGLE if single else DOUBLE) * max(abs(x[k]), abs(x[k - 1]))
+        g, of_g, on_it = join(g, of_g, apart, rounding, 10.0 * rounding)
+        if g == 0.0 or on_it < 0.0:
+            return 0.0
+    return g

@@ -37,13 +37,13 @@ LEADING, BESIDE, FIXED, LAMP = 0, 1, 2, 3  # roles of a view; a lamp is shown an
 SURPRISE_CAP: Final = 30.0
 ENERGY_CAP: Final = 1000.0
 LEAST: Final = 0.01  # added to a mean before the logarithm, so that a flat residual has one
-SHARPNESS: Final = 4.0
+SHARPNESS: Final = 8.0
 """A view beside the leading ones counts below its limit by this power only, so that it alarms but does not rank."""
 
 
 @njit("float64(float64, float64[::1], int64, int64, int64, float64, float64)", cache=True)
 def surprise(x, table, at, n, k, knee, slope):
-    """Return -ln p of a residual by the held-out residuals, at most 12.
+    """Return -ln p of a residual by the held-out residuals, at most `SURPRISE_CAP`.
 
     table[at:at + k] increasing grid, table[at + k:at + 2 k + 1] level: surprise where x lies in
     (grid[i-1], grid[i]]; n: entries in use; knee: residual from which the tail takes over (inf: none); slope: its
@@ -174,10 +174,11 @@ def _judge(state, ints, tables, memory, out):
     views_at = first_at + 3 * n_terms
     stat_at = 3 * wc + 5 * n
     weight_at = 2 * n
-    best, lead, slow = -1.0, -1, -1.0
+    best, bar, lead, slow = -1.0, -1.0, -1, -1.0  # bar: score that a view beside needs to lead
     for v in range(n_views):
         role = ints[views_at + n_views + 1 + v]
-        value = 0.0
+        in_logs = ints[views_at + 2 * n_views + 1 + v] != 0
+        value, product = 0.0, 1.0
         for t in range(ints[views_at + v], ints[views_at + v + 1]):
             w = ints[first_at + 2 * n_terms + t]
             total, count = 0.0, 0.0
@@ -193,8 +194,8 @@ def _judge(state, ints, tables, memory, out):
                 value = np.nan
             elif role == FIXED:
                 value += stat
-            elif ints[views_at + 2 * n_views + 1 + v] != 0:
-                value += tables[state, weight_at + t] * math.log(stat + LEAST)
+            elif in_logs:
+                product *= stat + LEAST
             else:
                 value += tables[state, weight_at + t] * stat
         score = np.nan
@@ -202,13 +203,20 @@ def _judge(state, ints, tables, memory, out):
             if role == FIXED:
                 score = value
             else:
+                if in_logs:  # the terms of a view weigh the same: one logarithm does for all
+                    value += tables[state, weight_at + ints[views_at + v]] * math.log(product)
                 value -= tables[state, weight_at + n_terms + v]
-                score = soft(value) / tables[state, weight_at + n_terms + 2 * n_views + v]
-            counted = score if role == LEADING or score >= 1.0 else score ** SHARPNESS
+                top = tables[state, weight_at + n_terms + 2 * n_views + v]
+                if role == BESIDE and max(value, 0.0) + 0.7 <= bar * top:  # soft(x) <= max(x, 0) + ln 2
+                    memory[stat_at + n_terms + v] = value
+                    continue
+                score = soft(value) / top
+            counted = score ** SHARPNESS if role == BESIDE and score < 1.0 else score
             if role == LAMP:
                 slow = score
             elif counted > best:
                 best, lead = counted, v
+                bar = best if best >= 1.0 else best ** (1.0 / SHARPNESS)
         memory[stat_at + n_terms + v] = value
     out[0] = best if best >= 0.0 else np.nan
     out[1] = lead
@@ -240,13 +248,17 @@ def score_step(residual, state, ints, tables, ring, raw, memory, cursor, out):
         _fill(max(state, 0), ints, tables, ring, raw, memory)
     transform(residual, state, ints, tables, energy)
     seen_at = 3 * ints[1] * n + 4 * n
-    warm = False
+    warm, learnt = False, False  # a plain residual stands from the first row on; it alone is no verdict beside others
     for c in range(n):
+        plain = ints[HEADER + c] == PLAIN
         if not math.isnan(energy[c]):
             memory[seen_at + c] = 1.0
         elif memory[seen_at + c] == 0.0:  # still warming up: its windows stay at the healthy mean
             energy[c] = tables[max(state, 0), n + c]
-        warm = warm or memory[seen_at + c] != 0.0
+        learnt = learnt or not plain
+        warm = warm or (memory[seen_at + c] != 0.0 and not plain)
+    if not learnt:
+        warm = True
     _push(residual, ints, ring, raw, memory, cursor)
     _judge(state, ints, tables, memory, out)
     if not warm:

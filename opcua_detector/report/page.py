@@ -15,11 +15,11 @@ import numpy as np
 from .. import __version__
 from ..api import Float64, Record, Tag
 from ..errors import PluginError
-from ..evaluation import Alert, Evaluation, Event, Replay, top_tags
+from ..evaluation import Alert, Evaluation, Event, Replay, at_most, in_budget, in_words, top_tags
 from ..kernels.columns import SAME
 from ..model import NormalityModel
 from . import plots
-from .timeaxis import Stretches, TimeAxis, in_words
+from .timeaxis import Stretches, TimeAxis
 from .transitions import transition_maps
 
 MOST_TRENDS: Final = 20
@@ -85,7 +85,8 @@ def render(sections: Sequence[Section], made_ns: int) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=lambda x: plots.clean(x) if type(x) is str else x)
-    environment.filters.update(utc=utc, breakable=breakable, words=in_words, figure=figure, percent=percent)
+    environment.filters.update(utc=utc, breakable=breakable, words=in_words, at_most=at_most, budget=in_budget,
+                               figure=figure, percent=percent)
     text = environment.get_template("page.html").render(
         sections=[_content(section) for section in sections], version=__version__, made_ns=made_ns,
         colours=plots.COLOURS, most=MOST_LISTED, open=MOST_OPEN)
@@ -183,7 +184,7 @@ def _cards(found: Evaluation) -> list[tuple[str, str, str, bool]]:
         over = found.raised > max(found.allowed, 1.0) * 2
         return [
             ("Alerts", f"{found.raised}", f"in {in_words(found.hours * 3600)} with a verdict", over),
-            ("Allowed by the budget", figure(found.allowed), f"of {found.budget_per_day:g} false alarms a day", over),
+            ("Allowed by the budget", at_most(found.allowed), f"of {in_budget(found.budget_per_day)}", over),
             ("Time at or over the limit", percent(found.above[1.0]), "of the time with a verdict", False),
             ("Highest score", figure(found.quantiles[1.0]), "1 is the limit", False)]
     point = found.point
@@ -195,7 +196,8 @@ def _cards(found: Evaluation) -> list[tuple[str, str, str, bool]]:
         ("Median delay", in_words(point.delay_s), "from the begin of a fault to the alert", False),
         ("False alarms", f"{point.false_alarms}", f"{figure(point.false_alarms_per_hour)} in an hour of healthy time",
          point.false_alarms > max(found.allowed, 1.0) * 2),
-        ("Healthy time in alarm", percent(point.false_alarm_share), f"of {in_words(point.healthy_h * 3600)}",
+        ("Healthy time in alarm", percent(point.false_alarm_share),
+         f"of {in_words(point.healthy_h * 3600)}; an alert that outlasts its fault counts too",
          point.false_alarm_share > 0.05)]
 
 
@@ -205,9 +207,9 @@ def _headline(found: Evaluation) -> str:
     alerts = f"{found.raised} alert{'' if found.raised == 1 else 's'}"
     text = f"In {time} with a verdict this monitor raised {alerts if found.raised else 'no alert'}."
     if found.point is None:
-        allowed = "less than one" if found.allowed < 1 else figure(found.allowed)
-        return (f"{text} Its budget of {found.budget_per_day:g} false alarms a day allows {allowed} in this time. "
-                "There is no ground truth, so nobody can say which of them are right.")
+        allowed = "less than one" if found.allowed < 1 else at_most(found.allowed)
+        right = " There is no ground truth, so nothing says which alerts are right." if found.raised else ""
+        return f"{text} Its budget of {in_budget(found.budget_per_day)} allows {allowed} in this time.{right}"
     point = found.point
     if not point.onsets:
         return f"{text} The ground truth knows no fault, so all of them are false."

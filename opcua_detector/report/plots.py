@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..api import Float64, UInt8
-from ..evaluation import Evaluation, Replay
-from .timeaxis import Stretches, in_words
+from ..evaluation import Evaluation, Replay, in_words
+from .timeaxis import Stretches
 from .transitions import TransitionMap
 
 WIDTH_IN: Final = 10.6
 LINE_BINS: Final = 1000  # stretches of a line; the page is about as many pixels wide
 HEAT_BINS: Final = 500
 LONGEST_NAME: Final = 34
-LANE_IN: Final = 0.07  # height of the lane of the ground truth
+LANE_IN: Final = 0.05  # height of the lane of the ground truth
 LEAST_SHARE: Final = 0.05  # a tag that never carried more of a score is no row of the heat map
 BARS: Final = 180  # at most so many bars of days
 COLOURS: Final[Mapping[str, str]] = {  # Okabe and Ito (2008): told apart by colour-blind people too
@@ -198,7 +198,7 @@ def heat(said: Replay, tags: Sequence[str]) -> tuple[list[str], Float64]:
     fade = np.where(peak >= 0.5, np.minimum(peak, 1.0) ** 2, 0.0)
     strength = (fade[:, None] * said.lead[:, [said.tags.index(name) for name in tags]]).T
     shown = np.flatnonzero(strength.max(axis=1, initial=0.0) >= LEAST_SHARE)
-    return [tags[i] for i in shown], np.asarray(strength[shown], np.float64)
+    return [tags[i] for i in shown.tolist()], np.asarray(strength[shown], np.float64)
 
 
 def heat_plot(tags: Sequence[str], strength: Float64, stretches: Stretches, shades: Shades) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -27,12 +26,13 @@ class TimeAxis:
     """Maps SourceTimestamps to places on the axis: seconds since the first row, squeezed holes taken out.
 
     knots_ns : int64[m]; knots_x : float64[m], seconds; both increasing, linear in between
-    holes : (place, length in seconds) of the holes that are drawn short
+    holes : (place, length in seconds) of the holes that are drawn short; period_s : distance of two rows
     """
 
     knots_ns: Int64
     knots_x: Float64
     holes: tuple[tuple[float, float], ...]
+    period_s: float
 
     @classmethod
     def of(cls, record: Record) -> TimeAxis:
@@ -51,7 +51,7 @@ class TimeAxis:
         end = int(at[-1]) + period
         place.append(place[-1] + (end - knots[-1]) / NS)
         knots.append(end)
-        return cls(np.array(knots, np.int64), np.array(place), tuple(holes))
+        return cls(np.array(knots, np.int64), np.array(place), tuple(holes), period / NS)
 
     @property
     def length(self) -> float:
@@ -65,8 +65,9 @@ class TimeAxis:
 
     def borders(self, bins: int) -> Int64:
         """Return int64[m + 1], strictly increasing: SourceTimestamps that cut the axis into at most `bins` equal
-        stretches."""
+        stretches, none shorter than a row."""
         first = self.knots_ns[0]
+        bins = max(1, min(bins, round(self.length / self.period_s)))
         x = np.linspace(0.0, self.length, bins + 1)
         ns = first + np.round(np.interp(x, self.knots_x, (self.knots_ns - first).astype(np.float64))).astype(np.int64)
         return np.unique(ns)
@@ -166,13 +167,3 @@ class Stretches:
         counts = np.diff(np.append(self.first, self.rows))
         out[self.filled] = np.add.reduceat(flags.astype(np.int64), self.first) / counts
         return out
-
-
-def in_words(seconds: float) -> str:
-    """Return a length of time as a person says it."""
-    if not math.isfinite(seconds):
-        return "-"
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 0.001 or seconds == 0 else f"{seconds * 1000:.2g} ms"

@@ -242,7 +242,9 @@ def causes_from_json(text: str) -> tuple[Cause, ...]:
     causes = []
     for stored in json.loads(text):
         named = {key: value for key, value in stored.items() if key in known}
-        for key in ("share", "observed", "normal_low", "normal_high", "step_s"):
+        if named.get("without") is None:  # not asked: the default, as in causes of older stores
+            named.pop("without", None)
+        for key in ("share", "observed", "normal_low", "normal_high", "step_s", "without"):
             if key in named:
                 named[key] = _number(named[key])
         for key in ("from_range", "to_range"):

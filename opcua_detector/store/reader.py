@@ -304,6 +304,19 @@ class Reader:
                 for row in db.query(f"SELECT * FROM feedback {where} ORDER BY id DESC", values)
             ]
 
+    def unanswered_feedback(self, action: str) -> list[FeedbackEntry]:
+        """Return feedback that no audit entry of this action names by its number (`feedback`), oldest first."""
+        with self.reading() as db:
+            return [
+                FeedbackEntry(**{**row, "tags": tuple(json.loads(row["tags"]))})
+                for row in db.query(
+                    "SELECT * FROM feedback WHERE id NOT IN (SELECT answered FROM (SELECT "
+                    "json_extract(detail, '$.feedback') AS answered FROM audit WHERE action = ?) "
+                    "WHERE answered IS NOT NULL) ORDER BY id",
+                    [action],
+                )
+            ]
+
     def audit(self, action: str | None = None, limit: int | None = None) -> list[AuditEntry]:
         """Return the audit trail, newest first."""
         where, values = _where(("action = ?", action))

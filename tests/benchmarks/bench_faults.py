@@ -1,4 +1,4 @@
-"""Measures what an operator feels: how soon a fault in the middle of a run is told, and how often a healthy plant alarms.
+"""Measures what an operator feels: how soon a fault in mid-run is told, and how often a healthy plant alarms.
 
     python tests/benchmarks/bench_faults.py                       # delays, and healthy alarms over 10 h
     python tests/benchmarks/bench_faults.py --budget              # alarms on 24 h (asked 1/h) and 10 days (asked 1/day)
@@ -37,7 +37,9 @@ OFF_DELAY_S = 0.5
 SLOW_CLEAN = 1040  # rows left out at the start of each block for the second lamp: its window and 40
 
 
-def plant_and_model(process: str, noise: float, seed: int, fit_hours: float, per_day: float) -> tuple[Process, Detector]:
+def plant_and_model(
+    process: str, noise: float, seed: int, fit_hours: float, per_day: float,
+) -> tuple[Process, Detector]:
     """Return a settled plant and the detector fitted on its first healthy hours."""
     plant = make(process, seed=seed, noise=noise)
     plant.simulate(SETTLING_ROWS)
@@ -77,7 +79,8 @@ def delays(plant: Process, model: Detector, process: str, fault: str, times: int
     found, early = [], 0
     for k in range(times):
         start = QUIET_ROWS + 173 * k
-        block = plant.simulate_block(start + FAULT_ROWS, [Fault(fault, FAULTS[process][fault], start, start + FAULT_ROWS)])
+        stop = start + FAULT_ROWS
+        block = plant.simulate_block(stop, [Fault(fault, FAULTS[process][fault], start, stop)])
         score = model.outs(block.measured)[:, SCORE]
         early += bool((score[:start] >= 1.0).any())
         told = np.flatnonzero(score[start:] >= 1.0)
@@ -105,7 +108,8 @@ def show_delays(arguments: argparse.Namespace) -> None:
                 lines.append((name, found))
             for name, found in [*lines, ("all", pooled)]:
                 asked = f"{alarms} on {arguments.seeds * arguments.hours:g} h | 1/h" if name == "all" else " | "
-                print(f"| {process} | {100 * noise:g} | {name} | {np.median(found):.2f} | {np.quantile(found, 0.9):.2f} "
+                high = np.quantile(found, 0.9)
+                print(f"| {process} | {100 * noise:g} | {name} | {np.median(found):.2f} | {high:.2f} "
                       f"| {max(found):.2f} | {np.isfinite(found).sum()}/{len(found)} | {asked} |", flush=True)
 
 
@@ -119,8 +123,8 @@ def show_budget(arguments: argparse.Namespace) -> None:
                 plant, model = plant_and_model(process, noise, arguments.first_seed, fit_hours, per_day)
                 count, views = healthy_alarms(plant, model, process, hours)
                 said = "; ".join(model.report.notes) if model.report and model.report.notes else "supported"
-                print(f"| {process} | {100 * noise:g} | {fit_hours:g} h | {per_day:g} a day | {count / hours * 24:.2f} a day "
-                      f"| {hours:g} h | {dict(views)} | {said} |", flush=True)
+                print(f"| {process} | {100 * noise:g} | {fit_hours:g} h | {per_day:g} a day "
+                      f"| {count / hours * 24:.2f} a day | {hours:g} h | {dict(views)} | {said} |", flush=True)
 
 
 def show_ranking(arguments: argparse.Namespace) -> None:
@@ -135,10 +139,11 @@ def show_ranking(arguments: argparse.Namespace) -> None:
                 outs = model.outs(np.vstack([case.healthy, case.test]))[len(case.healthy):]
                 score, slow = outs[:, SCORE], outs[:, 2]
                 clean, late = case.clean(100), case.clean(SLOW_CLEAN - 40)
-                found.append([auc(score, case.truth), partial_auc(score, case.truth), auc(score[clean], case.truth[clean]),
-                              auc(slow[late], case.truth[late])])
+                found.append([auc(score, case.truth), partial_auc(score, case.truth),
+                              auc(score[clean], case.truth[clean]), auc(slow[late], case.truth[late])])
             mean = np.mean(found, axis=0)
-            print(f"| {process} | {100 * noise:g} | {seeds} | " + " | ".join(f"{x:.4f}" for x in mean) + " |", flush=True)
+            figures = " | ".join(f"{x:.4f}" for x in mean)
+            print(f"| {process} | {100 * noise:g} | {seeds} | {figures} |", flush=True)
 
 
 def main() -> None:

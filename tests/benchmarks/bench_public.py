@@ -22,7 +22,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ from tests.benchmarks.public_data import SETS, SIMULATED_SEEDS, Case, public_cas
 
 HALVES = ("design", "report", "all")
 OURS = "ours"
+SHARE, AT_SHARE = 0.75, "ours, alarm at .75 of the limit"
+"""Share of the limit with the best F1 on TEP and ASD, design halves (ASD .321 against .257 at the limit): fixed there."""
 RESAMPLES, COVERED = 4000, 0.95
 FIGURES = ("AUC", "pAUC", "VUS-PR")
 
@@ -153,7 +155,7 @@ def differences(found: dict[str, list[Result]]) -> None:
     print(line(head))
     print(line(["---"] * len(head)))
     for name, theirs in found.items():
-        if name == OURS:
+        if name in (OURS, AT_SHARE):
             continue
         cells = []
         for half in halves:
@@ -177,6 +179,9 @@ def measure(
         judged = list(of(cases))
         seconds[name] = time.perf_counter() - began
         found[name] = [Result(case, one, rank(case, one, with_vus)) for case, one in judged]
+        if name == OURS:
+            seconds[AT_SHARE] = seconds[name]
+            found[AT_SHARE] = [replace(r, judged=replace(r.judged, limit=SHARE * r.judged.limit)) for r in found[name]]
     print(f"\n### {data_set}: {len(cases)} cases\n")
     holds = table(data_set, found, seconds)
     if OURS in found:

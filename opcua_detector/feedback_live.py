@@ -1,0 +1,258 @@
+"""Feedback of a running service: from the HMI's nodes and from the store, answered off the loop, swapped in between
+two rows.
+
+One entry is answered at a time, on a thread: the model is adapted and saved, a new monitor is primed with the last
+rows, and between two rows of the loop it takes the place of the old one, with its windows as if it had always been
+there and the standing alert as it stands. The forecast comes after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from .api import Record, Verdict
+from .app import group_tags, open_monitor, registry_of
+from .client import Session, WriteBack
+from .client.inputs import TextInputs
+from .config import Config, MonitorConfig
+from .engine import Engine, Monitor, frames_of
+from .errors import DetectorError
+from .feedback import MAX_ROWS, lead_rows
+from .feedback_desk import Answer, Desk, RecentRows
+from .model import NormalityModel
+from .nodes import INPUT_NODES
+from .store import AuditEntry, FeedbackEntry, Store
+
+log = logging.getLogger(__name__)
+
+POLL_S: Final = 1.0
+EXPIRE_S: Final = 60.0
+RING_BYTES: Final = 64_000_000
+LEAST_APART_S: Final = 2.0  # two words of the HMI on one monitor
+PER_HOUR: Final = 60
+RESULT_CHARS: Final = 400
+STOP_S: Final = 5.0
+_SAID: Final = re.compile(r"(?P<label>false alarm|true|unsure|missed)(?:\s+(?P<number>\d{1,9}))?", re.IGNORECASE)
+_WHO: Final = re.compile(r"[^\x00-\x1f]{1,64}")
+
+
+class Run(Protocol):
+    """What is needed of a monitor in operation."""
+
+    config: MonitorConfig
+    monitor: Monitor
+    back: WriteBack | None
+
+    def fast(self, verdict: Verdict) -> dict[str, Any]:
+        """Return what changes with every row."""
+        ...
+
+
+def parse(text: str, at_ns: int) -> FeedbackEntry | None:
+    """Return what the text of a `Feedback` node asks for, None where it is none (see `nodes.INPUT_NODES`)."""
+    match = _SAID.fullmatch(text.strip())
+    if match is None:
+        return None
+    label, number = match["label"].lower(), match["number"]
+    if label == "missed":
+        if number is not None and not 1 <= int(number) <= 86_400:
+            return None
+        start = at_ns - int(number or 60) * 1_000_000_000
+        return FeedbackEntry("", label, start_ns=start, end_ns=at_ns, at_ns=at_ns)
+    return FeedbackEntry("", label, event_no=int(number) if number else None, at_ns=at_ns)
+
+
+class LiveFeedback:
+    """The feedback of a service.
+
+    Parameters
+    ----------
+    tell : called with (run, text) on the loop when there is something to tell the operator
+    """
+
+    def __init__(self, config: Config, config_file: Path, store: Store, runs: Mapping[str, Run],
+                 tell: Callable[[Any, str], None]) -> None:
+        self.config, self.config_file, self.store, self.runs = config, config_file, store, runs
+        self.answers: list[Answer] = []
+        self.refused = 0
+        self._tell = tell
+        self._desk = Desk(config, config_file, store)
+        self._registry = registry_of(config)
+        self._engines: dict[str, tuple[Engine, RecentRows]] = {}
+        self._inputs: list[TextInputs] = []
+        self._said: dict[str, deque[float]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._one_at_a_time = asyncio.Lock()
+
+    # --- start and stop
+
+    def watch(self, group: str, engine: Engine) -> RecentRows:
+        """Take the engine of a group under care; return where its rows are to be copied to, one call per row."""
+        item = self.config.group(group)
+        need = max((2 * lead_rows(m.model) for m in engine.monitors), default=2) + MAX_ROWS
+        recent = RecentRows(group_tags(item), item.period, min(need, RING_BYTES // (9 * len(item.tags) + 9)))
+        self._engines[group] = (engine, recent)
+        return recent
+
+    async def start(self, sessions: Mapping[str, Session], *, read_nodes: bool) -> None:
+        """Answer what the store holds from now on, and with `read_nodes` what the HMI writes."""
+        self._desk.models = {name: run.monitor.model for name, run in self.runs.items()}
+        if read_nodes:
+            by_server: dict[str, dict[str, dict[str, str]]] = {}
+            for name, run in self.runs.items():
+                outputs = run.config.outputs
+                if outputs is not None and outputs.base:
+                    by_server.setdefault(outputs.server, {})[name] = {
+                        node.signal: f"{outputs.base}.{node.signal}" for node in INPUT_NODES}
+            for server, nodes in by_server.items():
+                def on_texts(name: str, texts: Mapping[str, str], stale: bool, server: str = server) -> None:
+                    self._heard(server, name, texts, stale)
+
+                inputs = TextInputs(sessions[server], nodes, INPUT_NODES[0].signal, on_texts)
+                self._inputs.append(inputs)
+                await sessions[server].attach(inputs)
+        self._spawn(self._poll(), "feedback")
+
+    async def stop(self) -> None:
+        """Let what is being answered end, and take nothing more."""
+        for inputs in self._inputs:
+            await inputs.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                await self._one_at_a_time.acquire()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=5.0)
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("feedback: %s", error, exc_info=error)
+
+    async def _poll(self) -> None:
+        expire_at = 0.0
+        while True:
+            try:
+                for entry in await asyncio.to_thread(self._desk.pending):
+                    if entry.monitor in self.runs:
+                        await self._answer(entry)
+                if time.monotonic() >= expire_at:
+                    expire_at = time.monotonic() + EXPIRE_S
+                    await self._expire()
+            except DetectorError as error:
+                log.warning("feedback: %s", error)  # the store says why; the next poll tries again
+            await asyncio.sleep(POLL_S)
+
+    # --- the HMI
+
+    def _heard(self, server: str, name: str, texts: Mapping[str, str], stale: bool) -> None:
+        """Take a text of the HMI; on the loop."""
+        run, text = self.runs[name], texts[INPUT_NODES[0].signal]
+        by = texts[INPUT_NODES[1].signal]
+        now = time.monotonic()
+        said = self._said.setdefault(name, deque(maxlen=PER_HOUR))
+        entry = parse(text, run.monitor.verdict.source_ns or time.time_ns())
+        why = ""
+        if stale:
+            why = "it was written before the detector started; write it again"
+        elif said and now - said[-1] < LEAST_APART_S:
+            why = f"wait {LEAST_APART_S:g} s between two feedbacks"
+        elif len(said) == PER_HOUR and now - said[0] < 3600.0:
+            why = f"more than {PER_HOUR} feedbacks an hour"
+        elif entry is None:
+            why = f"write one of: {INPUT_NODES[0].meaning}"
+        elif by and _WHO.fullmatch(by) is None:
+            why = "FeedbackBy is a name of at most 64 characters"
+        if why or entry is None:
+            self.refused += 1
+            if self.refused <= PER_HOUR:  # a server that floods us must not fill the audit
+                self.store.record_audit(AuditEntry(by[:64] or f"operator at {server}", "feedback not taken", {
+                    "monitor": name, "server": server, "text": text, "why": why}), timeout_s=None)
+            self._tell(run, f"not taken: {why}"[:RESULT_CHARS])
+            return
+        said.append(now)
+        entry = replace(entry, who=by or f"operator at {server}", monitor=name, at_ns=time.time_ns(),
+                        model_id=run.monitor.model.model_id, comment=f"from server {server}")
+        if entry.event_no is None and entry.label in ("false alarm", "true", "unsure"):
+            entry = replace(entry, event_no=run.monitor.verdict.event_no)
+        self._tell(run, f"received: {entry.label}")
+        self._spawn(self._take(entry), "feedback from the HMI")
+
+    async def _take(self, entry: FeedbackEntry) -> None:
+        """Keep it; the poll, or this, answers it."""
+        number = await asyncio.to_thread(self.store.record_feedback, entry)
+        await self._answer(replace(entry, id=number))
+
+    # --- answering
+
+    async def _answer(self, entry: FeedbackEntry) -> None:
+        async with self._one_at_a_time:
+            pending = await asyncio.to_thread(self._desk.pending)
+            if entry.id not in {one.id for one in pending}:
+                return  # the poll and the HMI's own task both saw it
+            run = self.runs[entry.monitor]
+            engine, recent = self._engines[run.config.group]
+            rows, seq = recent.record(), recent.seq
+            answer = await asyncio.to_thread(self._desk.answer, entry, rows)
+            self.answers.append(answer)
+            log.warning("monitor %s: feedback of %s: %s", entry.monitor, entry.who, answer.text)
+            if answer.model is not None:
+                await self._swap(run, engine, recent, answer.model, rows, seq)
+                self._tell(run, answer.text[:RESULT_CHARS])
+                told = await asyncio.to_thread(self._desk.forecast, answer)
+                self._tell(run, _with_forecast(answer.text, told)[:RESULT_CHARS])
+            else:
+                self._tell(run, answer.text[:RESULT_CHARS])
+
+    async def _expire(self) -> None:
+        async with self._one_at_a_time:
+            for answer in await asyncio.to_thread(self._desk.expire, time.time_ns()):
+                run = self.runs.get(answer.entry.monitor)
+                if run is None or answer.model is None:
+                    continue
+                engine, recent = self._engines[run.config.group]
+                await self._swap(run, engine, recent, answer.model, recent.record(), recent.seq)
+                log.warning("monitor %s: %s", answer.entry.monitor, answer.text)
+                self._tell(run, answer.text[:RESULT_CHARS])
+
+    async def _swap(self, run: Run, engine: Engine, recent: RecentRows, model: NormalityModel, rows: Record,
+                    seq: int) -> None:
+        """Put a monitor with the new model in the place of the old one."""
+        need = 2 * lead_rows(model)
+        primed = await asyncio.to_thread(self._primed, run, model, rows.rows(max(0, len(rows) - need), len(rows)))
+        old = run.monitor
+        for frame in frames_of(recent.record(after=seq)):  # on the loop: no row comes between
+            primed.step(frame)
+        primed.take_over(old)
+        engine.swap(old, primed)
+        run.monitor = primed
+
+    def _primed(self, run: Run, model: NormalityModel, rows: Record) -> Monitor:
+        monitor = open_monitor(run.config, self.config.group(run.config.group), model, self._registry)
+        for i, frame in enumerate(frames_of(rows)):
+            monitor.step(frame)
+            if i % 50 == 49:
+                time.sleep(0)  # let the loop have Python's lock
+        return monitor
+
+
+def _with_forecast(text: str, told: str) -> str:
+    """Put the forecast before the date and the model, as an operator reads it."""
+    head, _, tail = text.rpartition("; model ")
+    return f"{head}; {told}; model {tail}" if told and head else text
+

@@ -1,0 +1,665 @@
+"""Operator feedback on rows: the same situation alarms no more whatever channel raised it, everything else still does,
+and nothing that is taken in goes further than it may, stays longer than it may, or cannot be undone."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.metrics import roc_auc_score
+
+from opcua_detector import feedback as fb
+from opcua_detector.allowances import BALLS, CALM, Allowances, calm_residual, residual_of
+from opcua_detector.api import Frame, Record, Tag
+from opcua_detector.detector import Detector, fit, load
+from opcua_detector.engine import Engine, Monitor, frames_of
+from opcua_detector.errors import ConfigError, RecordError
+from opcua_detector.feedback import DAY_NS, Feedback, Policy, confirm, expire, forecast, give_feedback, journal, undo
+from opcua_detector.fitting import fit_monitor
+from opcua_detector.kernels.allowance import allow_rows
+from sim_server.processes import Fault, make
+from tests.plants import DeviationParams, DeviationPlugin, noise_record
+
+AT = 1_790_000_000_000_000_000
+TAGS = {"lorenz": ["x1", "x3"], "throttle": ["x1", "u"]}
+PERIOD_S = {"lorenz": 0.01, "throttle": 0.02}
+FAULTS = {
+    "lorenz": {"sigma": 2 / 3, "rho": 26 / 28, "beta": 1.25},
+    "throttle": {"Kb": 1.3, "Kt": 1.3, "La": 1.3},
+}
+METHODS = ["regression", "transition"]
+START = 3000  # of a fault
+ROWS = 6000
+
+
+@cache
+def rows_of(process: str, n: int, seed: int, fault: str = "", factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a simulated plant, with a fault from row START on, and their ground truth."""
+    plant = make(process, seed=seed)
+    plant.simulate(1000)
+    block = plant.simulate_block(n, (Fault(fault, factor, START, n),) if fault else ())
+    return block.measured, block.labels
+
+
+@cache
+def plant_model(process: str) -> Detector:
+    return fit(rows_of(process, 12_000, 1)[0], TAGS[process], PERIOD_S[process], params={"methods": METHODS})
+
+
+@cache
+def faulty(process: str, fault: str, seed: int = 7) -> tuple[np.ndarray, np.ndarray]:
+    return rows_of(process, ROWS, seed, fault, FAULTS[process][fault])
+
+
+@cache
+def linear_rows(n: int, seed: int, noise: int | None = None) -> np.ndarray:
+    """Ten tags of three slow factors, with noise of their own (of another seed where `noise` is given)."""
+    plant = np.random.default_rng(99)
+    mix, offset, gain = plant.standard_normal((10, 3)), plant.uniform(-50, 50, 10), plant.uniform(0.5, 20, 10)
+    rng = np.random.default_rng(seed)
+    keep, state, factors = np.array([0.98, 0.95, 0.9]), np.zeros(3), np.empty((n, 3))
+    for t in range(n):
+        state = keep * state + np.sqrt(1 - keep * keep) * rng.standard_normal(3)
+        factors[t] = state
+    own = rng if noise is None else np.random.default_rng(noise)
+    return offset + gain * (factors @ mix.T + 0.15 * own.standard_normal((n, 10)))
+
+
+LINEAR_TAGS = [f"t{i}" for i in range(10)]
+
+
+@cache
+def linear_model() -> Detector:
+    return fit(linear_rows(8000, 1), LINEAR_TAGS, 1.0, params={"methods": METHODS})
+
+
+def biased(
+    seed: int, tag: int, times: float, start: int = 1500, n: int = 3000, noise: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the linear plant, one tag too high by so many standard deviations from `start` on."""
+    rows = linear_rows(n, seed, noise).copy()
+    rows[start:, tag] += times * linear_rows(8000, 1)[:, tag].std()
+    return rows, (np.arange(n) >= start).astype(np.uint8)
+
+
+def first_alarm(model: Detector, rows: np.ndarray, after: int = 0) -> int:
+    score = model.score(rows)
+    found = np.flatnonzero(score[after:] >= model.limit)
+    assert len(found), "this test needs rows that alarm"
+    return int(found[0]) + after
+
+
+def auc(model: Detector, rows: np.ndarray, truth: np.ndarray) -> float:
+    score = model.score(rows)
+    known = ~np.isnan(score)
+    return float(roc_auc_score(truth[known], score[known]))
+
+
+def clicked(model: Detector, rows: np.ndarray, start: int, stop: int, label: str = "false alarm", **more) -> Detector:
+    return model.with_feedback(rows, start, stop, label, who="op", at_ns=AT, **more)
+
+
+# -- the same situation, other situations -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [60, ROWS])
+@pytest.mark.parametrize(("process", "fault"), [(p, f) for p in FAULTS for f in FAULTS[p]])
+def test_a_false_alarm_alarms_no_more_and_other_faults_rank_as_before(process, fault, length):
+    model, (rows, _) = plant_model(process), faulty(process, fault)
+    start = first_alarm(model, rows, START)
+    stop = min(start + length, len(rows))
+    adapted = clicked(model, rows, start, stop)
+    assert adapted.outcome.action == "adapted", adapted.outcome.text
+    assert np.nanmax(adapted.score(rows)[start:stop]) < 1.0
+    for other in FAULTS[process]:
+        if other != fault:
+            assert auc(adapted, *faulty(process, other)) >= auc(model, *faulty(process, other)) - 0.005
+    assert (adapted.score(rows_of(process, 6000, 3)[0])[100:] < 1.0).mean() >= (
+        model.score(rows_of(process, 6000, 3)[0])[100:] < 1.0).mean()
+
+
+@pytest.mark.parametrize(("process", "fault"), [("lorenz", "sigma"), ("throttle", "Kt")])
+def test_after_the_first_alarm_was_declared_false_another_fault_still_alarms(process, fault):
+    model, (rows, _) = plant_model(process), faulty(process, fault)
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, start + 60)
+    found = 0
+    for other in FAULTS[process]:
+        score = model.score(faulty(process, other)[0])[START:]
+        if other != fault and (score >= 1.0).mean() > 0.2:  # what was hardly found before may be lost in the noise
+            found += 1
+            assert (adapted.score(faulty(process, other)[0])[START:] >= 1.0).mean() > 0.3
+    assert found
+
+
+def test_on_a_linear_plant_the_tag_is_excused_and_the_others_are_not():
+    model = linear_model()
+    rows, _ = biased(5, 3, 0.7)
+    start = first_alarm(model, rows, 1500)
+    adapted = clicked(model, rows, start, start + 300)
+    assert adapted.outcome.action == "adapted"
+    assert np.nanmax(adapted.score(rows)[start:start + 300]) < 1.0
+    for noise in (11, 12, 13):  # the plant comes by there again, with other noise
+        again, _ = biased(5, 3, 0.7, noise=noise)
+        before, after = ((m.score(again)[start:start + 300] >= 1.0).mean() for m in (model, adapted))
+        assert after < 0.2 * before
+    elsewhere, _ = biased(6, 3, 0.7)  # where the plant never was when that was said, it still alarms
+    assert (adapted.score(elsewhere)[1500:] >= 1.0).mean() > 0.2
+    for tag in (0, 1, 5, 8):
+        other = biased(8, tag, 1.0)
+        assert auc(adapted, *other) >= auc(model, *other) - 0.005
+        assert (adapted.score(other[0])[1500:] >= 1.0).mean() >= (model.score(other[0])[1500:] >= 1.0).mean() - 0.02
+    worse, _ = biased(5, 3, 1.4)  # the same tag, further off than it may be
+    assert (adapted.score(worse)[start:] >= 1.0).mean() > 0.3
+
+
+@cache
+def several_methods() -> Detector:
+    return fit(rows_of("lorenz", 12_000, 1)[0], TAGS["lorenz"], 0.01, params={
+        "methods": ["transition", {"name": "onnx", "model": "bundled:lorenz"}], "false_alarms_per_day": 200.0})
+
+
+def test_every_channel_takes_part_by_its_own_rule():
+    model, (rows, _) = several_methods(), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, start + 300)
+    assert adapted.outcome.action == "adapted"
+    assert np.nanmax(adapted.score(rows)[start:start + 300]) < 1.0
+    (delta,) = journal(adapted.normality)
+    kinds = {model.normality.calibration.channels[c].kind for c in delta.get(BALLS, {"channels": []})["channels"]}
+    plain = {"trans", "bound", "conf", "affine"}
+    assert "rows" in delta or kinds & plain, "the transition channels have adapted"
+    assert kinds - plain, "and the onnx channels have allowances"
+
+
+def test_the_papers_detector_adapts_at_once_and_for_good_by_the_papers_rules():
+    methods = [{"name": "transition", "faithful": True, "levels": 20}]
+    model = fit(rows_of("lorenz", 12_000, 1)[0], TAGS["lorenz"], 0.01, params={"methods": methods})
+    rows, _ = faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, start + 300, policy=Policy(mode="paper"))
+    assert adapted.outcome.action == "adapted" and "for good" in adapted.outcome.text
+    (delta,) = journal(adapted.normality)
+    assert delta["state"] == "paper" and "expires_ns" not in delta and "rows" in delta
+    assert np.nanmax(adapted.score(rows)[start:start + 300]) < 1.0
+    old, new = (m.normality.methods[0].arrays["lo"].shape[0] for m in (model, adapted))
+    assert new > old, "eq. 14: new transitions joined"
+    assert expire(adapted.normality, AT + 10**6 * DAY_NS) == (adapted.normality, ())
+
+
+# -- what streams -------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_equals_the_batch_with_feedback_and_over_gaps_and_masks():
+    model, (rows, _) = plant_model("lorenz"), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, start + 400)
+    rng = np.random.default_rng(3)
+    some = rows[start - 800:start + 1200].copy()
+    some[rng.random(some.shape) < 0.01] = np.nan
+    times = np.arange(len(some)) * 0.01
+    times[900:] += 5.0
+    batch = adapted.score(some, times)
+    engine = Engine([adapted.monitor()])
+    stream = np.array([engine.step(frame)[0].score for frame in frames_of(adapted.record(some, times))])
+    assert_allclose(stream, batch, rtol=1e-10, atol=0)
+    assert not np.allclose(np.nan_to_num(batch), np.nan_to_num(model.score(some, times)))
+
+
+def test_a_model_without_feedback_has_no_allowances():
+    assert Allowances.of(plant_model("lorenz").normality) is None
+
+
+def test_a_step_with_feedback_takes_no_memory():
+    model, (rows, _) = plant_model("lorenz"), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    part = rows[start - 1500:start + 500]
+
+    def peak(detector: Detector) -> int:
+        engine, frame = Engine([detector.monitor()]), Frame.empty(2)
+
+        def run(first: int, last: int) -> None:
+            for i in range(first, last):
+                frame.values[:], frame.valid[:], frame.source_ns = part[i], 1, i * 10_000_000
+                engine.step(frame)
+
+        run(0, 800)
+        tracemalloc.start()
+        run(800, 2000)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(model)  # whatever is made once
+    plain = peak(model)
+    assert peak(clicked(model, rows, start, start + 400)) <= plain + 512
+
+
+def test_a_new_monitor_takes_over_between_two_rows_with_its_windows_and_the_standing_alert():
+    model, (rows, _) = plant_model("lorenz"), faulty("lorenz", "beta")
+    record = model.record(rows)
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, start + 200)
+    old = model.monitor()
+    engine = Engine([old])
+    engine_of_new = Engine([adapted.monitor()])
+    scores, ideal = [], []
+    for i, frame in enumerate(frames_of(record.rows(0, start + 600))):
+        ideal.append(engine_of_new.step(frame)[0].score)
+        if i == start + 200:
+            assert old.verdict.alert and old.verdict.event_no >= 1
+            number = old.verdict.event_no
+            primed = adapted.monitor()
+            for earlier in frames_of(record.rows(start + 200 - 2200, start + 200)):
+                primed.step(earlier)
+            primed.take_over(old)
+            assert primed.verdict.alert and primed.verdict.event_no == number
+            engine.swap(old, primed)
+        verdict = engine.step(frame)[0]
+        scores.append(verdict.score)
+        if verdict.cleared:
+            assert verdict.event_no == number
+    assert engine.monitors == (primed,)
+    assert_allclose(scores[start + 200:], ideal[start + 200:], rtol=1e-9)
+
+
+def reference(values, valid, gap, residual, groups, middle, inverse, low, high):
+    """What the kernel does, row by row and ball by ball."""
+    z = np.where(valid != 0, (values - middle) * inverse, np.nan)
+    out = residual.copy()
+    begin = 0
+    for t in range(len(z)):
+        begin = t if gap[t] else begin
+        allowed = np.zeros(residual.shape[1])
+        for about, balls in groups:
+            for ball in balls:
+                k = len(about["columns"])
+                point = [z[t - age, c] if t - age >= begin else np.nan
+                         for c, age in zip(about["columns"], about["ages"], strict=True)]
+                away = np.abs(np.array(point) - ball[1:1 + k])
+                known = ~np.isnan(away)
+                if 2 * known.sum() >= k and (away[known] <= ball[0]).all():
+                    for c, a in zip(about["channels"], ball[1 + k:], strict=True):
+                        allowed[c] = max(allowed[c], a)
+        for c in range(residual.shape[1]):
+            r, a = residual[t, c], allowed[c]
+            if r > low[c] and a > high[c] - low[c]:
+                out[t, c] = high[c] + r - low[c] - a if r > low[c] + a else low[c] + (high[c] - low[c]) * (
+                    r - low[c]) / a
+    return out
+
+
+def test_the_kernel_does_what_its_docstring_says_in_one_call_and_row_by_row():
+    rng = np.random.default_rng(0)
+    n, d, c = 400, 3, 4
+    values, residual = rng.standard_normal((n, d)), np.abs(rng.standard_normal((n, c))) * 3
+    valid = (rng.random((n, d)) > 0.15).astype(np.uint8)
+    gap = (rng.random(n) < 0.01).astype(np.uint8)
+    residual[rng.random((n, c)) < 0.05] = np.nan
+    groups = [
+        ({"columns": [0, 2, 0], "ages": [0, 0, 5], "channels": [1, 3]}, np.abs(rng.standard_normal((6, 6)))),
+        ({"columns": [1], "ages": [2], "channels": [0, 1, 2]}, np.abs(rng.standard_normal((3, 5)))),
+    ]
+    middle, inverse = rng.standard_normal(d), rng.uniform(0.5, 2, d)
+    low, high = np.array([0.2, 0.3, 0.1, np.inf]), np.array([0.4, 0.5, np.inf, np.inf])
+    ints, floats, at = [np.array([d, c, 2, 6, 3])], [middle, inverse], 2 * d
+    for about, balls in groups:
+        ints += [np.array([len(balls), len(about["columns"]), len(about["channels"]), at]), about["columns"],
+                 about["ages"], about["channels"]]
+        floats.append(balls.ravel())
+        at += balls.size
+    packed = np.concatenate(ints).astype(np.int64), np.concatenate(floats), np.stack([low, high], 1).ravel()
+    expected = reference(values, valid, gap, residual, groups, middle, inverse, low, high)
+    assert np.nansum(expected) < np.nansum(residual)
+    whole = residual.copy()
+    allow_rows(values.ravel(), valid.ravel(), gap, np.zeros(n, np.int64), whole.ravel(), *packed,
+               np.full(c + 3 + 6 * d, np.nan), np.zeros(2, np.int64))
+    assert_allclose(whole, expected, rtol=1e-12)
+    single, memory, cursor = residual.copy(), np.full(c + 3 + 6 * d, np.nan), np.zeros(2, np.int64)
+    for t in range(n):
+        allow_rows(values[t], valid[t], gap[t:t + 1], np.zeros(1, np.int64), single[t], *packed, memory, cursor)
+    assert_array_equal(single, whole)
+
+
+def test_an_excused_residual_stands_between_two_parts_of_the_limit():
+    calibration = plant_model("lorenz").normality.calibration
+    low, high = (calm_residual(calibration, part)[0] for part in CALM)
+    assert (low <= high).all() and (low >= 0).all()
+    finite = np.isfinite(high) & (high > 0)
+    assert finite.any()
+    for c in np.flatnonzero(finite):  # nothing but this residual, for as long as the longest window
+        residual = np.zeros((2100, len(high)))
+        residual[:, c] = high[c]
+        score = calibration.score_rows(residual, np.zeros(2100, np.uint8), np.zeros(2100, np.int64))[-1, 0]
+        assert score < 0.8
+    energy = calibration.scorer().energies(high[None], np.zeros(1, np.int64))[0]
+    for c in np.flatnonzero(finite):
+        assert residual_of(calibration, 0, int(c), float(energy[c])) >= high[c] * (1 - 1e-9)
+
+
+# -- twice, undone, expired, refused ------------------------------------------------------------------------------
+
+
+def test_feedback_twice_changes_nothing():
+    model, (rows, _) = plant_model("lorenz"), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    once = clicked(model, rows, start, start + 300)
+    twice = clicked(once, rows, start, start + 300)
+    assert twice.outcome.action == "unchanged" and "nothing to change" in twice.outcome.text
+    assert twice.model_id == once.model_id and twice.normality is once.normality
+
+
+@pytest.mark.parametrize("process", ["lorenz", "throttle"])
+def test_undo_restores_the_identical_model_also_of_an_older_feedback(process):
+    model = plant_model(process)
+    first, second = list(FAULTS[process])[:2]
+    rows_a, rows_b = faulty(process, first)[0], faulty(process, second)[0]
+    a = first_alarm(model, rows_a, START)
+    one = clicked(model, rows_a, a, a + 100)
+    b = first_alarm(one, rows_b, START)
+    both = clicked(one, rows_b, b, b + 100)
+    assert len({model.model_id, one.model_id, both.model_id}) == 3
+    assert both.without_feedback(both.outcome.delta_id).model_id == one.model_id
+    only_second = both.without_feedback(one.outcome.delta_id)
+    assert [d["id"] for d in journal(only_second.normality)] == [both.outcome.delta_id]
+    assert only_second.without_feedback(both.outcome.delta_id).model_id == model.model_id
+    assert one.without_feedback(one.outcome.delta_id[:6]).model_id == model.model_id
+    with pytest.raises(ConfigError, match="no such adaptation"):
+        model.without_feedback("feed")
+
+
+def test_undo_restores_adapted_transitions_to_the_bit():
+    model, (rows, _) = several_methods(), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    one = clicked(model, rows, start, start + 200)
+    far = first_alarm(one, rows, start + 200)
+    two = clicked(one, rows, far, min(far + 200, ROWS))
+    assert two.outcome.changed
+    assert two.without_feedback(two.outcome.delta_id).model_id == one.model_id
+    back = two.without_feedback(one.outcome.delta_id).without_feedback(two.outcome.delta_id)
+    assert back.model_id == model.model_id
+    assert_array_equal(back.score(rows), model.score(rows))
+
+
+def test_a_model_with_feedback_survives_its_file(tmp_path: Path):
+    model, (rows, _) = several_methods(), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, start + 200)
+    path = tmp_path / "model.npz"
+    assert adapted.save(path) == adapted.model_id
+    again = load(path)
+    assert again.model_id == adapted.model_id
+    assert_array_equal(again.score(rows), adapted.score(rows))
+    assert again.without_feedback(adapted.outcome.delta_id).model_id == model.model_id
+    assert journal(again.normality)[0]["who"] == "op"
+
+
+def test_it_is_provisional_until_confirmed_and_expires_by_itself():
+    model, (rows, _) = plant_model("lorenz"), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, start + 100)
+    assert "expires 2026-09-28 unless confirmed" in adapted.outcome.text
+    early, over = expire(adapted.normality, AT + 7 * DAY_NS - 1)
+    assert not over and early is adapted.normality
+    reverted, over = expire(adapted.normality, AT + 7 * DAY_NS)
+    assert [d["id"] for d in over] == [adapted.outcome.delta_id]
+    assert reverted.model_id == model.model_id
+    kept = confirm(adapted.normality, adapted.outcome.delta_id, "engineer", AT + DAY_NS)
+    assert expire(kept, AT + 400 * DAY_NS) == (kept, ())
+    (delta,) = journal(kept)
+    assert (delta["state"], delta["confirmed_by"], delta["who"]) == ("confirmed", "engineer", "op")
+    assert_array_equal(Detector(kept).score(rows), adapted.score(rows))
+    assert undo(kept, delta["id"]).model_id == model.model_id
+
+
+def test_true_and_unsure_change_nothing():
+    model, (rows, _) = plant_model("lorenz"), faulty("lorenz", "beta")
+    for label in ("true", "unsure"):
+        noted = clicked(model, rows, 3100, 3200, label)
+        assert noted.outcome.action == "noted" and noted.normality is model.normality
+    with pytest.raises(ConfigError, match="no such feedback"):
+        clicked(model, rows, 3100, 3200, "flase alarm")
+    with pytest.raises(RecordError, match="interval"):
+        clicked(model, rows, 3100, 9000)
+
+
+# -- bounds -------------------------------------------------------------------------------------------------------
+
+
+def ranged(low: float, high: float) -> Detector:
+    """The linear model, with an EURange on t3."""
+    model = linear_model().normality
+    tags = tuple(replace(t, eu_range=(low, high)) if t.name == "t3" else t for t in model.tags)
+    return Detector(replace(model, tags=tags))
+
+
+def test_no_value_is_taken_in_beyond_the_eu_range():
+    rows, _ = biased(5, 3, 0.5)
+    start = first_alarm(linear_model(), rows, 1500)
+    top = float(rows[start - 30:start + 60, 3].max())
+    assert clicked(ranged(-1000.0, top + 1.0), rows, start, start + 60).outcome.action == "adapted"
+    tight = ranged(-1000.0, float(np.median(rows[start:start + 60, 3])))
+    refused = clicked(tight, rows, start, start + 60)
+    assert refused.outcome.action == "refused" and "EURange" in refused.outcome.text and "t3" in refused.outcome.text
+    assert refused.normality is tight.normality
+
+
+def test_no_value_and_no_distance_is_taken_in_beyond_the_protected_limits():
+    model = linear_model()
+    span = np.diff(model.normality.span[3])[0]
+    rows = linear_rows(3000, 5).copy()
+    rows[1500:, 3] += 3 * span
+    start = first_alarm(model, rows, 1500)
+    refused = clicked(model, rows, start, start + 60)
+    assert refused.outcome.action == "refused" and "protected range" in refused.outcome.text
+    rows = linear_rows(3000, 5).copy()
+    middle = np.argsort(np.abs(rows[1500:2900, 3] - model.normality.span[3].mean()))[0] + 1500
+    rows[middle:middle + 40, 3] = model.normality.span[3].mean() + 0.38 * span  # inside its range, far from the others
+    start = first_alarm(model, rows, middle)
+    refused = clicked(model, rows, start, middle + 40, policy=Policy(protected=0.1))
+    assert refused.outcome.action == "refused" and "of its healthy span" in refused.outcome.text
+
+
+@pytest.mark.parametrize(("model", "rows", "column"), [
+    (linear_model, lambda: linear_rows(12_000, 21), 3),
+    (linear_model, lambda: linear_rows(12_000, 22), 7),
+    (lambda: plant_model("lorenz"), lambda: rows_of("lorenz", 12_000, 21)[0], 0),
+    (lambda: plant_model("throttle"), lambda: rows_of("throttle", 12_000, 21)[0], 0),
+    (several_methods, lambda: rows_of("lorenz", 12_000, 22)[0], 1),
+])
+def test_a_slow_ramp_that_is_called_false_at_every_alert_still_alarms_before_30_percent(model, rows, column):
+    detector, ramp = model(), rows().copy()
+    span = float(np.diff(detector.normality.span[column])[0])
+    drift = np.linspace(0.0, 0.30, len(ramp))
+    ramp[:, column] += drift * span
+    clicks, at, standing = 0, 0, []
+    while True:
+        score = detector.score(ramp)
+        with np.errstate(invalid="ignore"):
+            alarms = np.flatnonzero(score[at:] >= 1.0)
+        if len(alarms) == 0:
+            break
+        start = int(alarms[0]) + at
+        stop = min(start + 50, len(ramp))
+        detector = clicked(detector, ramp[:stop], start, stop)
+        clicks += 1
+        if detector.outcome.action == "refused":
+            standing.append(drift[start])
+        at = stop
+        if at >= len(ramp) or len(standing) >= 3:
+            break
+    assert clicks and standing, f"it alarmed {clicks} times, and each was taken in"
+    assert standing[0] < 0.30
+    assert (detector.score(ramp)[int(standing[0] / 0.30 * len(ramp)):] >= 1.0).any()
+
+
+def test_what_keeps_trending_is_refused_with_the_reason_and_paper_mode_takes_it():
+    model = linear_model()
+    taken = []
+    for times in (0.6, 0.75, 0.95, 1.2, 1.5):
+        rows, _ = biased(5, 3, times)
+        start = first_alarm(model, rows, 1500)
+        before = model
+        model = clicked(model, rows, start, start + 60, policy=Policy(protected=0.3))
+        taken.append(model.outcome.action)
+        if model.outcome.action == "refused":
+            assert "keeps trending" in model.outcome.text and "t3" in model.outcome.text
+            assert model.normality is before.normality
+            break
+    assert taken[0] == "adapted" and taken[-1] == "refused" and len(taken) >= 3
+    for_good = clicked(before, rows, start, start + 60, policy=Policy(mode="paper", protected=0.3))
+    assert for_good.outcome.action == "adapted"
+
+
+# -- many ---------------------------------------------------------------------------------------------------------
+
+
+MANY = list("abcdefgh")
+
+
+@cache
+def deviation() -> tuple[fb.NormalityModel, Record]:
+    record = noise_record(3000, MANY, seed=1)
+    model, _ = fit_monitor("plain", record, [("deviation", DeviationPlugin(), DeviationParams())],
+                           windows_ns=[20 * record.period_ns], false_alarms_per_day=100.0)
+    return model, record
+
+
+def deviation_opener(model, columns):
+    return DeviationPlugin().open(model, columns)
+
+
+def a_situation(rng: np.random.Generator) -> Record:
+    """Noise in which three of the tags step away by some amount that may be taken in."""
+    values = 0.3 * rng.standard_normal((160, len(MANY)))
+    values[80:140, rng.permutation(len(MANY))[:3]] += rng.uniform(2.2, 2.9, 3) * rng.choice([-1, 1], 3)
+    return Record.from_rows(values, [Tag(name) for name in MANY], 10_000_000)
+
+
+@pytest.mark.parametrize("mode", ["paper", "review"])
+def test_a_thousand_feedbacks_do_not_bloat_the_model(mode, tmp_path):
+    model, _ = deviation()
+    empty = model.save(tmp_path / "empty.npz")
+    rng = np.random.default_rng(0)
+    actions: list[str] = []
+    balls = 0
+    for k in range(1000):
+        record = a_situation(rng)
+        said = Feedback("false alarm", int(record.source_ns[80]), int(record.source_ns[139]), "op", AT + k)
+        outcome = give_feedback(model, record, said, deviation_opener, policy=Policy(mode=mode, protected=0.3))
+        actions.append(outcome.action)
+        model = outcome.model
+        if k % 50 == 0 or k == 999:
+            allowances = Allowances.of(model)
+            balls = max(balls, allowances.n_balls if allowances else 0)
+            assert len(model.deltas) <= fb.MOST_DELTAS + 8
+    counts = {action: actions.count(action) for action in actions}
+    assert counts["adapted"] >= (fb.MOST_DELTAS if mode == "paper" else 20), counts
+    assert mode == "paper" or counts["refused"] > 100  # nobody has reviewed them
+    assert balls <= fb.TOTAL_BALLS + fb.FOLDED_BALLS  # and with it the time of a step
+    model.save(tmp_path / "full.npz")
+    grown = (tmp_path / "full.npz").stat().st_size - (tmp_path / "empty.npz").stat().st_size
+    assert grown < 1_000_000 and model.model_id != empty
+
+
+def test_folding_keeps_what_was_learnt_and_says_that_it_cannot_be_undone(monkeypatch):
+    monkeypatch.setattr(fb, "MOST_DELTAS", 3)
+    model, (rows, _) = several_methods(), faulty("lorenz", "beta")
+    first = first_alarm(model, rows, START)
+    ids, spans, at = [], [], first
+    for _ in range(6):
+        score = model.score(rows)
+        with np.errstate(invalid="ignore"):
+            alarms = np.flatnonzero(score[at:] >= 1.0)
+        if len(alarms) == 0:
+            break
+        start = int(alarms[0]) + at
+        model = clicked(model, rows, start, min(start + 40, ROWS), policy=Policy(mode="paper"))
+        if model.outcome.changed:
+            ids.append(model.outcome.delta_id)
+            spans.append((start, min(start + 40, ROWS)))
+        at = min(start + 40, ROWS - 1)
+    assert len(ids) > 3, "this test needs more feedback than may be open"
+    own = [d for d in journal(model.normality) if d["label"] != fb.FOLDED]
+    assert [d["id"] for d in own] == ids[-3:]
+    score = model.score(rows)
+    for start, stop in spans:
+        assert np.nanmax(score[start:stop]) < 1.0
+    with pytest.raises(ConfigError, match="folded into the model for good"):
+        model.without_feedback(ids[0])
+    back = model
+    for one in ids[-3:]:
+        back = back.without_feedback(one)
+    assert all(d["label"] == fb.FOLDED for d in journal(back.normality))
+
+
+def test_unreviewed_adaptations_fill_up_and_then_an_engineer_is_asked(monkeypatch):
+    monkeypatch.setattr(fb, "MOST_DELTAS", 1)
+    model = plant_model("lorenz")
+    rows_a, rows_b = faulty("lorenz", "beta")[0], faulty("lorenz", "sigma")[0]
+    a = first_alarm(model, rows_a, START)
+    one = clicked(model, rows_a, a, a + 60)
+    b = first_alarm(one, rows_b, START)
+    refused = clicked(one, rows_b, b, b + 60)
+    assert refused.outcome.action == "refused" and "unreviewed" in refused.outcome.text
+    assert refused.normality is one.normality
+    reviewed = Detector(confirm(one.normality, one.outcome.delta_id, "engineer"))
+    assert clicked(reviewed, rows_b, b, b + 60).outcome.action == "adapted"
+
+
+# -- forecast and missed ------------------------------------------------------------------------------------------
+
+
+def test_the_forecast_counts_the_alerts_of_a_replay_before_and_after():
+    model, (rows, _) = plant_model("lorenz"), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, ROWS)
+    record = model.record(rows)
+    told = forecast(model.normality, adapted.normality, record, model.open)
+
+    def alerts(monitor: Monitor) -> int:
+        return sum(Engine([monitor]).step(frame)[0].raised for frame in frames_of(record))
+
+    assert told.before == alerts(model.monitor()) > 0
+    assert told.after == alerts(adapted.monitor()) == 0
+    assert told.days == pytest.approx(len(rows) * 0.01 / 86400)
+    assert math.isclose(told.per_day[0], told.before / told.days) and "alerts per day" in str(told)
+    nothing = forecast(model.normality, adapted.normality, record.rows(0, 0), model.open)
+    assert (nothing.before, nothing.days) == (0, 0.0) and "no stored rows" in str(nothing)
+
+
+def test_a_missed_alert_tightens_a_limit_as_far_as_the_budget_allows():
+    model = linear_model()
+    rows, _ = biased(5, 3, 0.35, start=1500, n=1700)
+    near = int(np.nanargmax(model.score(rows)[1500:])) + 1500
+    assert model.score(rows)[1500:].max() < 1.0, "this test needs a fault that is missed"
+    healthy = linear_rows(20_000, 77)
+    tightened = clicked(model, rows, near - 30, near + 1, "missed", healthy=healthy)
+    assert tightened.outcome.action == "tightened", tightened.outcome.text
+    assert "alerts per day" in tightened.outcome.text and "the limit of" in tightened.outcome.text
+    assert np.nanmax(tightened.score(rows)[near - 30:near + 1]) >= 1.0
+    assert tightened.outcome.forecast.after - tightened.outcome.forecast.before <= 3 * 20_000 / 86_400 + 1
+    assert tightened.without_feedback(tightened.outcome.delta_id).model_id == model.model_id
+    again = clicked(tightened, rows, near - 30, near + 1, "missed", healthy=healthy)
+    assert again.outcome.action == "unchanged" and again.model_id == tightened.model_id
+
+
+def test_a_missed_alert_that_would_cost_too_much_or_cannot_be_weighed_is_noted_for_evaluation():
+    model = linear_model()
+    calm = linear_rows(3000, 31)
+    quiet = int(np.nanargmin(model.score(calm)[200:])) + 200
+    cost = clicked(model, calm, quiet - 5, quiet, "missed", healthy=linear_rows(20_000, 77))
+    assert cost.outcome.action == "noted" and cost.normality is model.normality
+    assert "true for evaluation" in cost.outcome.text and "cost too much" in cost.outcome.text
+    blind = clicked(model, calm, quiet - 5, quiet, "missed")
+    assert blind.outcome.action == "noted" and "healthy recording" in blind.outcome.text
+    rows, _ = biased(5, 3, 2.0)
+    start = first_alarm(model, rows, 1500)
+    seen = clicked(model, rows, start, start + 50, "missed", healthy=linear_rows(5000, 77))
+    assert seen.outcome.action == "unchanged" and "alarms in this interval already" in seen.outcome.text

@@ -1,0 +1,310 @@
+"""The default monitor on what plants do: lost decimals, other units, recipes, maintenance, faults in the fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import opcua_detector
+from opcua_detector import config as configuration
+from opcua_detector.api import GOOD, UNCERTAIN_SUB_NORMAL, Record, Tag, TagKind
+from opcua_detector.app import fit_config, monitor_tags, open_monitor, out_of_maintenance, registry_of
+from opcua_detector.engine import AlertSettings, Monitor, frames_of
+from opcua_detector.errors import ConfigError, RecordError
+from opcua_detector.fitting import fit_monitor, lasting
+from opcua_detector.registry import Registry
+from sim_server.processes import Fault, make
+
+AUTO = ("regression", "transition", "checks")
+
+
+def rows_of(name, n, seed, *faults, noise=0.0):
+    """(rows, names, period in seconds) of a simulated plant after 1000 rows."""
+    plant = make(name, seed=seed, noise=noise)
+    plant.simulate(1000)
+    names = [tag.name for tag in plant.model.measured]
+    return plant.simulate_block(n, faults).measured, names, plant.model.period_ns / 1e9
+
+
+def linear_rows(n, seed):
+    """Ten tags that hang together."""
+    rng = np.random.default_rng(seed)
+    mix = np.linalg.qr(np.random.default_rng(1).standard_normal((10, 10)))[0] * 0.9
+    x = np.zeros((n, 10))
+    for t in range(1, n):
+        x[t] = mix @ x[t - 1] + rng.standard_normal(10)
+    return x
+
+
+@cache
+def fitted(name, digits=9):
+    rows, names, period = rows_of(name, 20_000, 1)
+    return opcua_detector.fit(np.round(rows, digits), names, period)
+
+
+def run(monitor, rows, valid=None):
+    """(alert, raised, status, quality, score) of each row."""
+    record = Record.from_rows(rows, [tag.name for tag in monitor.model.given], monitor.model.period_ns, valid=valid)
+    out = []
+    for frame in frames_of(record):
+        v = monitor.step(frame)
+        out.append((v.alert, v.raised, v.status, v.quality, v.score))
+    return out
+
+
+# -- resolution and scale ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lorenz", "throttle"])
+def test_lost_decimals_of_every_tag_do_not_hold_the_alarm_on_and_are_told(name):
+    model = fitted(name)
+    fresh = np.round(rows_of(name, 9000, 2)[0], 9)
+    fresh[3000:6000] = np.round(fresh[3000:6000], 2)
+    seen = run(model.monitor(), fresh)
+    assert not any(row[0] for row in seen[3300:])
+    assert {row[2] for row in seen[3100:6000]} == {UNCERTAIN_SUB_NORMAL}
+    for tag in model.tags:
+        assert f"{tag.name} now comes with 2 decimals, learnt with 9: masked; fit again" in seen[5000][3]
+    assert {row[2:4] for row in seen[6500:]} == {(GOOD, "Good")} and np.isfinite([row[4] for row in seen[6500:]]).all()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda x: np.round(x, 0), "now comes with 0 decimals, learnt with 9"),
+    (lambda x: 1000 * x, "is now 1000 times as large as learnt")])
+def test_one_changed_tag_is_masked_and_the_others_are_still_watched(change, words):
+    rows = linear_rows(20_000, 3)
+    names = [f"t{i}" for i in range(10)]
+    model = opcua_detector.fit(np.round(rows, 9), names, 1.0)
+    fresh = np.round(linear_rows(8000, 4), 9)
+    fresh[1000:, 3] = change(fresh[1000:, 3])
+    fresh[6000:6500, 7] += 6 * rows[:, 7].std()
+    seen = run(model.monitor(), fresh)
+    assert f"t3 {words}: masked; fit again" in seen[3000][3]
+    assert not any(row[0] for row in seen[2500:6000]) and any(row[0] for row in seen[6000:6500])
+    assert not seen[-1][0]
+
+
+@pytest.mark.parametrize("kind", ["bias", "gain", "noise", "stuck", "drift"])
+def test_a_faulty_tag_is_not_taken_for_a_changed_one(kind):
+    rows = linear_rows(20_000, 3)
+    model = opcua_detector.fit(np.round(rows, 4), [f"t{i}" for i in range(10)], 1.0)
+    fresh = linear_rows(6000, 4)
+    own, s = fresh[2000:, 3], rows[:, 3].std()
+    fresh[2000:, 3] = {"bias": own + 4 * s, "gain": 2 * own, "noise": own + s * np.random.default_rng(0).normal(
+        size=len(own)), "stuck": np.full(len(own), 1.23), "drift": own + np.linspace(0, 6, len(own)) * s}[kind]
+    seen = run(model.monitor(), np.round(fresh, 4))
+    alarm = [row[0] for row in seen]
+    assert not any(alarm[:2000]) and any(alarm[2000:]) and np.mean(alarm[5000:]) > 0.5
+    assert {row[3] for row in seen[100:]} == {"Good"}
+
+
+# -- a near-constant tag ----------------------------------------------------------------------------------------
+
+
+def test_a_tag_that_moves_by_one_step_now_and_then_does_not_alarm_when_it_moves_more_often():
+    rng = np.random.default_rng(0)
+    rows = np.column_stack([linear_rows(12_000, 3)[:, :3], 20 + 0.1 * (rng.random(12_000) < 0.002)])
+    model = opcua_detector.fit(rows, ["a", "b", "c", "still"], 1.0)
+    scale = {(c.tag, c.kind): s for c, s in zip(model.normality.calibration.channels,
+                                              model.normality.calibration.scale[0], strict=True)}
+    assert scale["still", "forecast"] == pytest.approx(0.1 / rows[:, 3].std(), rel=1e-6)
+    fresh = np.column_stack([linear_rows(6000, 5)[:, :3], 20 + 0.1 * (rng.random(6000) < 0.3)])
+    assert not any(row[0] for row in run(model.monitor(), fresh))
+
+
+# -- a fault inside the healthy record --------------------------------------------------------------------------
+
+N, START, STOP = 12_000, 6000, 6600
+LINEAR = {
+    "bias": lambda x, s: x + 2 * s, "gain": lambda x, s: 1.5 * x, "stuck": lambda x, s: np.full(len(x), x[0]),
+    "noise": lambda x, s: x + s * np.random.default_rng(7).standard_normal(len(x)),
+    "drift": lambda x, s: x + np.linspace(0, 4, len(x)) * s,
+}
+
+
+def named(rows, names, period):
+    report = opcua_detector.fit(rows, names, period).report
+    return [(round(a / 1e9 / period), round(b / 1e9 / period)) for a, b, _, _ in report.suspicious]
+
+
+@pytest.mark.parametrize(("name", "fault"), [
+    ("lorenz", ("beta", 1.25)), ("lorenz", ("sigma", 2 / 3)), ("lorenz", ("rho", 26 / 28)),
+    ("throttle", ("Kb", 1.3)), ("throttle", ("Kt", 1.3))])
+def test_fit_names_the_interval_of_a_faulty_plant_in_the_healthy_record(name, fault):
+    found = named(*rows_of(name, N, 1, Fault(*fault, START, STOP)))
+    assert found and all(START - 50 <= a <= START + 200 and STOP - 100 <= b <= STOP + 150 for a, b in found)
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("plant", ["linear", "lorenz", "throttle"])
+def test_fit_names_the_interval_of_a_faulty_sensor_in_the_healthy_record(plant, kind):
+    if plant == "linear":
+        rows, names, period = linear_rows(N, 1), [f"t{i}" for i in range(10)], 1.0
+    else:
+        rows, names, period = rows_of(plant, N, 1)
+    rows[START:STOP, 0] = LINEAR[kind](rows[START:STOP, 0], rows[:, 0].std())
+    found = named(rows, names, period)
+    assert found and all(START - 50 <= a <= START + 400 and STOP - 100 <= b <= STOP + 150 for a, b in found)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("plant", ["linear", "lorenz", "throttle"])
+def test_a_clean_record_names_nothing(plant, noise):
+    for seed in (2, 3):
+        if plant == "linear":
+            assert named(linear_rows(N, seed), [f"t{i}" for i in range(10)], 1.0) == []
+        else:
+            assert named(*rows_of(plant, N, seed, noise=noise)) == []
+
+
+def test_lasting_is_three_quarters_of_a_window_above_the_bar():
+    value = np.zeros(1000)
+    value[200:260] = 5.0
+    value[500:600:2] = 5.0
+    value[700:] = np.nan
+    assert lasting(value, 80, 1.0) == [(200, 260)] and lasting(value, 81, 1.0) == []
+    assert lasting(value[:50], 80, 1.0) == [] and lasting(value, 40, 5.0) == []
+
+
+# -- operating states -------------------------------------------------------------------------------------------
+
+STATES = (Tag("level"), Tag("flow"), Tag("setpoint", kind=TagKind.SETPOINT), Tag("recipe", kind=TagKind.STATE))
+SETTLING_NS = 20 * 10**9
+
+
+def recipes(n, seed, choice=(1, 2, 3), known=(0.0, 10.0)):
+    """A plant of 1 s rows: level follows a setpoint of its recipe slowly, flow follows both; recipe 9 is another."""
+    rng = np.random.default_rng(seed)
+    gain = {1: 1.0, 2: 3.0, 3: -2.0, 9: 12.0}
+    x = np.zeros((n, 4))
+    level = recipe = setpoint = 0.0
+    for t in range(n):
+        if t % 400 == 0:
+            recipe = float(rng.choice(choice))
+        if t % 100 == 0:
+            setpoint = rng.uniform(*known)
+        level += 0.2 * (setpoint * gain[int(recipe)] - level) + 0.1 * rng.standard_normal()
+        x[t] = level, gain[int(recipe)] * level + 0.1 * rng.standard_normal(), setpoint, recipe
+    return Record.from_rows(x, STATES, 10**9)
+
+
+@cache
+def recipe_model():
+    registry = Registry()
+    methods = [(name, registry.get(name), registry.params(name, {})) for name in AUTO]
+    return fit_monitor("plant", recipes(40_000, 1), methods, state_tag="recipe", only_nonlinear=("transition",),
+                       settling_ns=SETTLING_NS)
+
+
+def recipe_monitor():
+    model, registry = recipe_model()[0], Registry()
+    methods = [registry.get(m.plugin).open(m, model.plan.columns) for m in model.methods]
+    return Monitor("plant", model, methods, STATES, AlertSettings(settling_ns=SETTLING_NS))
+
+
+def states_run(record):
+    monitor, out = recipe_monitor(), []
+    for frame in frames_of(record):
+        v = monitor.step(frame)
+        out.append((v.alert, v.raised, v.status, v.quality, v.score))
+    return out
+
+
+def test_steps_of_setpoint_and_recipe_within_what_was_learnt_do_not_alarm():
+    seen = states_run(recipes(20_000, 2))
+    assert not any(row[0] for row in seen)
+    assert {row[3] for row in seen} >= {"Good", "settling after a change of recipe"}
+    report = recipe_model()[1]
+    assert set(report.coverage) == {1, 2, 3} and report.not_learnt == 0.0 and 0.02 < report.settling < 0.06
+
+
+def test_a_recipe_that_was_not_learnt_is_told_and_does_not_alarm_and_a_fault_does():
+    live = recipes(4000, 2)
+    other = recipes(4000, 3, choice=(9,))
+    live.values[1200:2000] = other.values[1200:2000]
+    live.values[3000:3300, 1] += 20.0
+    seen = states_run(live)
+    assert not any(row[0] for row in seen[:3000]) and any(row[0] for row in seen[3000:3300])
+    assert all("operating state not learnt" in row[3] for row in seen[1200:2000])
+
+
+def test_a_state_of_minus_1_is_a_state_like_any_other():
+    record = recipes(20_000, 1, choice=(1, 2))
+    record.values[record.values[:, 3] == 1, 3] = -1
+    record.valid[:200, 3] = 0
+    registry = Registry()
+    methods = [(name, registry.get(name), registry.params(name, {})) for name in ("regression", "checks")]
+    _, report = fit_monitor("m", record, methods, state_tag="recipe")
+    assert set(report.coverage) == {-1, 2} and report.not_learnt == 200 / 20_000
+    assert sum(report.coverage.values()) + report.not_learnt == pytest.approx(1.0)
+
+
+# -- maintenance ------------------------------------------------------------------------------------------------
+
+TEXT = """
+version: 1
+servers: [{name: s, endpoint: "opc.tcp://127.0.0.1:4840/", policy: None, insecure: true}]
+groups:
+  - name: g
+    server: s
+    period: 1 s
+    tags:
+      - {name: level, node: "ns=2;s=level"}
+      - {name: flow, node: "ns=2;s=flow"}
+      - {name: recipe, node: "ns=2;s=recipe", kind: state}
+      - {name: works, node: "ns=2;s=works", kind: state}
+      - {name: locked, node: "ns=2;s=locked", kind: state}
+monitors:
+  - {name: m, group: g, methods: [regression, checks], inhibit: [locked], maintenance: works, state_tag: recipe,
+     settling: 5 s}
+"""
+
+
+def plant_record(n, seed):
+    rows = recipes(n, seed).values
+    rng = np.random.default_rng(seed)
+    works = np.zeros(n)
+    works[n // 2:n // 2 + 500] = 1
+    rows[works != 0, :2] += 50 * rng.standard_normal((500, 2))
+    tags = [Tag("level"), Tag("flow"), *(Tag(name, kind=TagKind.STATE) for name in ("recipe", "works", "locked"))]
+    return Record.from_rows(np.column_stack([rows[:, :2], rows[:, 3], works, np.zeros(n)]), tags, 10**9)
+
+
+def test_rows_in_maintenance_are_not_learnt_and_do_not_alarm(tmp_path: Path):
+    file = tmp_path / "m.yaml"
+    file.write_text(TEXT, encoding="utf-8")
+    config = configuration.load(file)
+    assert [tag.name for tag in monitor_tags(config.monitors[0], config.groups[0])] == ["level", "flow", "recipe"]
+    record = plant_record(20_000, 1)
+    (one,) = fit_config(config, file, lambda group: record)
+    assert one.report.rows == 19_500 and one.report.gaps == 1 and one.model.facts["setup"]["maintenance"] == "works"
+    assert [tag.name for tag in one.model.tags] == ["level", "flow", "recipe"]
+    monitor = open_monitor(config.monitors[0], config.groups[0], one.model, registry_of(config))
+    live = plant_record(3000, 2)
+    live.values[2500:, :2] += 100
+    live.values[2700:, 4] = 1
+    seen = [(v.alert, v.quality) for frame in frames_of(live) for v in [monitor.step(frame)]]
+    assert not any(alert for alert, _ in seen[:2500]) and seen[2690][0] and not any(a for a, _ in seen[2705:])
+    assert "maintenance: works" in {text for _, text in seen[1600:1900]}
+    assert "inhibited by locked" in {text for _, text in seen[2705:]}
+
+
+def test_rows_whose_maintenance_is_unknown_are_left_out_and_a_record_of_nothing_else_is_refused():
+    record = plant_record(2000, 1)
+    record.valid[:100, 3] = 0
+    assert len(out_of_maintenance(record, "works")) == 1400 and out_of_maintenance(record, "") is record
+    with pytest.raises(RecordError, match="in maintenance"):
+        out_of_maintenance(replace(record, valid=np.zeros_like(record.valid)), "works")
+
+
+@pytest.mark.parametrize(("old", "new", "key"), [
+    ("state_tag: recipe,", "", "monitors[0].settling"), ("[locked]", "[nowhere]", "monitors[0].inhibit[0]"),
+    ("maintenance: works", "maintenance: nowhere", "monitors[0].maintenance")])
+def test_a_config_that_names_what_is_not_there_is_refused_with_its_key(old, new, key):
+    with pytest.raises(ConfigError) as error:
+        configuration.parse(TEXT.replace(old, new))
+    assert error.value.key == key
