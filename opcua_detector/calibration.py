@@ -33,8 +33,8 @@ from .kernels.score import (
     score_rows,
     score_step,
     soft,
+    transform_rows,
 )
-from .kernels.score import transform as transform_row
 from .limits import MIN_CLUSTERS, tail_limit
 from .views import ERROR_KINDS, FIXED_KINDS, PREDICTED, Part, View, choose_windows, compose, is_nonlinear
 
@@ -191,8 +191,7 @@ class Scorer:
             residual = np.maximum(residual, self._floor)
         residual = np.ascontiguousarray(residual)  # a method's batch may come column by column
         out = np.empty_like(residual)
-        for t in range(len(residual)):
-            transform_row(residual[t], state[t], self._ints, self._tables, out[t])
+        transform_rows(residual, np.ascontiguousarray(state, np.int64), self._ints, self._tables, out)
         return out
 
     def window_means(self, into: Float64) -> None:
@@ -340,9 +339,8 @@ def _usual(plain: Calibration, held_out: Float64, state: Int64) -> Float64:
     energy = plain.scorer().energies(held_out, state)
     usual = np.zeros_like(plain.usual)
     for s in range(len(plain.states)):
-        rows = energy[state == s]
-        known = ~np.isnan(rows)
-        usual[s] = np.where(known, rows, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+        known = ~np.isnan(energy) & (state == s)[:, None]
+        usual[s] = energy.sum(axis=0, where=known) / np.maximum(known.sum(axis=0), 1)
     return usual
 
 

@@ -27,6 +27,7 @@ from .engine import AlertSettings, Engine, Monitor, frames_of
 from .errors import ConfigError, RecordError
 from .feedback import Feedback, Outcome, Policy, give_feedback, undo
 from .fitting import FitReport, fit_monitor
+from .guards import Guards
 from .kernels.score import SCORE, SLOW
 from .model import NormalityModel
 from .model import load as load_model
@@ -55,6 +56,7 @@ class Detector:
         registry = Registry()
         columns = normality.plan.columns
         self._plugins = [registry.get(m.plugin) for m in normality.methods]
+        self._guards = Guards(normality.facts.get("guards", {}), [tag.name for tag in normality.tags])
         self._methods: list[Method] = [
             plugin.open(m, columns) for plugin, m in zip(self._plugins, normality.methods, strict=True)]
         self._allowances = Allowances.of(normality)
@@ -93,13 +95,13 @@ class Detector:
     def outs(self, rows: ArrayLike, times: ArrayLike | None = None, valid: ArrayLike | None = None) -> Float64:
         """Return float64[n, 6]: score, leading view, second lamp, r_trans, r_bound, r_conf (`kernels.score`)."""
         record = self.record(rows, times, valid)
-        own = record.select([tag.name for tag in self.normality.tags])
+        own = self._guards.rows(record.select([tag.name for tag in self.normality.tags]))
         columns = self.normality.plan.prepare(own)
         residual = np.concatenate([method.residuals(columns) for method in self._methods], axis=1)
         state = self._state(record)
         if self._allowances is not None:
             residual = self._allowances.rows(columns, state, residual)
-        return self.normality.calibration.score_rows(residual, record.gap, state)
+        return self.normality.calibration.score_rows(residual, own.gap, state)
 
     def _state(self, record: Record) -> Int64:
         name = self.normality.state_tag

@@ -184,6 +184,7 @@ class Monitor:
                                  event_no=alert.event_no)
         self.verdict.alert, self.verdict.event_no = alert.active, alert.event_no
         self.verdict.severity = self.settings.severity if alert.active else 0
+        self._raised_ns = old._raised_ns
 
     def step(self, frame: Frame) -> Verdict:
         """Take one row of the group; return the verdict (reused)."""

@@ -41,6 +41,8 @@ RESULT_NODES: tuple[ResultNode, ...] = (
     ResultNode("Score", "Double", "how abnormal; 1.0 is the limit; -1 is no verdict (see State)",
                eu_range=(0.0, 10.0)),
     ResultNode("Limit", "Double", "the limit of the score, always 1.0", eu_range=(0.0, 10.0)),
+    ResultNode("SlowScore", "Double", "the second lamp, over a long window: what is weak but lasts; it does not alarm; "
+               "-1 is no verdict", eu_range=(0.0, 10.0)),
     ResultNode("IsAnomaly", "Boolean", "an alert is standing, after delays"),
     ResultNode("Severity", "UInt16", "1 to 1000 while an alert stands, from the config; 0 otherwise"),
     ResultNode("State", "Int32", "0 stopped, 1 warming up, 2 normal, 3 alert, 4 no data, 5 state not learnt, 6 fault"),

@@ -21,6 +21,7 @@ from .app import changed_since_fit, group_tags, model_path, open_monitor, record
 from .client import Finding, GroupFeed, LinkState, Session, WriteBack, check_outputs, check_tags, raise_findings
 from .config import Config, MonitorConfig
 from .engine import Engine, Monitor
+from .explain import counterfactual_sentence
 from .feedback_live import LiveFeedback
 from .model import load as load_model
 from .nodes import NO_SCORE, STATE_TEXTS, TOP, State
@@ -38,7 +39,8 @@ NOTHING_VALID = "Bad: no tag has a valid value"
 # An alert that nobody watches any more must not stand for ever; State and Score say that this is no all-clear.
 LAST_WORDS: Mapping[str, Any] = {
     "State": State.STOPPED, "StateText": STATE_TEXTS[State.STOPPED], "Score": math.nan,
-    "Quality": "Bad: the detector was stopped", "IsAnomaly": False, "Severity": 0, "ExplanationText": "",
+    "SlowScore": float(NO_SCORE), "Quality": "Bad: the detector was stopped", "IsAnomaly": False, "Severity": 0,
+    "ExplanationText": "",
     **{f"Top{rank}{what}": empty for rank in range(1, TOP + 1)
        for what, empty in (("Tag", ""), ("Contribution", 0.0), ("Cause", ""))},
 }
@@ -81,7 +83,8 @@ class MonitorRun:
     def fast(self, verdict: Verdict) -> dict[str, Any]:
         """Return what changes with every row."""
         return {
-            "Score": verdict.score, "IsAnomaly": verdict.alert, "Severity": verdict.severity, "State": self.state,
+            "Score": verdict.score, "SlowScore": known(verdict.slow_score), "IsAnomaly": verdict.alert,
+            "Severity": verdict.severity, "State": self.state,
             "EventNo": verdict.event_no, "RTrans": known(verdict.r_trans), "RBound": known(verdict.r_bound),
             "RConf": known(verdict.r_conf), "Contributions": verdict.contribution,
             "Residuals": np.where(np.isnan(verdict.residual), NO_SCORE, verdict.residual),
@@ -105,7 +108,7 @@ class MonitorRun:
         verdict, told = self.monitor.verdict, self.explanation
         standing = verdict.alert
         values: dict[str, Any] = {"ExplanationText": told.sentence if standing and told else ""}
-        top = self.top_tags if standing else []
+        top = (list(told.shares[:TOP]) if told and told.shares else self.top_tags) if standing else []
         causes = told.causes if standing and told else ()
         for rank in range(1, TOP + 1):
             tag, share = top[rank - 1] if rank <= len(top) else ("", 0.0)
@@ -351,6 +354,8 @@ class Service:
         if first:
             run.alerts.append(run.explanation)
             log.warning("monitor %s: %s", run.config.name, run.explanation.sentence)
+            for tag, without in run.explanation.counterfactual[:1]:
+                log.info("monitor %s: %s", run.config.name, counterfactual_sentence(tag, without, verdict.score))
         if verdict.alert:
             self.store.record_event(self._event(run, verdict))
             if run.back is not None:

@@ -30,7 +30,8 @@ MONITORS = ["lorenz", "throttle"]
 NS = {"ua": "http://opcfoundation.org/UA/2011/03/UANodeSet.xsd"}
 # Signals of the scalar contract with their types: a client that was written against it must go on working.
 CONTRACT = {
-    "Score": "Double", "Limit": "Double", "IsAnomaly": "Boolean", "Severity": "UInt16", "State": "Int32",
+    "Score": "Double", "SlowScore": "Double", "Limit": "Double", "IsAnomaly": "Boolean", "Severity": "UInt16",
+    "State": "Int32",
     "StateText": "String", "Quality": "String", "ExplanationText": "String", "EventNo": "UInt32", "ModelId": "String",
     "LastUpdate": "DateTime", "LastUpdateText": "String", "Heartbeat": "UInt32", "LatencyMs": "Double",
     "LostSamples": "UInt32", "SupersededWrites": "UInt32", "RTrans": "Double", "RBound": "Double", "RConf": "Double",

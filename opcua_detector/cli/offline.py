@@ -20,6 +20,7 @@ from ..config import Config, GroupConfig
 from ..csv_rows import read_csv
 from ..engine import Engine, Monitor, frames_of
 from ..errors import ConfigError, DetectorError, RecordError
+from ..explain import counterfactual_sentence
 from ..frames import record_from_columns
 from ..model import load as load_model
 from ..nodes import TOP, nodeset_xml
@@ -158,8 +159,9 @@ def _show_fit(fitted: Fitted) -> None:
         err.print(f"  left out: {name}: {reason}", markup=False)
     if len(report.coverage) > 1:
         for state, share in report.coverage.items():
-            name = "not learnt" if state == -1 else f"state {state}"
-            err.print(f"  coverage of {name}: {share:.1%}")
+            err.print(f"  coverage of state {state}: {share:.1%}")
+        if report.not_learnt > 0:
+            err.print(f"  coverage of not learnt: {report.not_learnt:.1%}")
     stretches = _merged(report.suspicious)
     if stretches:
         err.print("  these stretches look unlike the rest; leave out what was not healthy:", style="yellow")
@@ -236,7 +238,10 @@ def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None, 
                     told = monitors[m].explain(monitors[m].snapshot())
                     alerts.append({"monitor": verdict.monitor, "event_no": verdict.event_no,
                                    "raised": clock(frame.source_ns), "cleared": None, "peak_score": verdict.score,
-                                   "top_tag": _top_tag(monitors[m]), "explanation": told.sentence,
+                                   "top_tag": told.shares[0][0] if told.shares else _top_tag(monitors[m]),
+                                   "explanation": told.sentence, "without": [
+                                       counterfactual_sentence(tag, without, verdict.score)
+                                       for tag, without in told.counterfactual],
                                    "causes": [asdict(cause) for cause in told.causes[:TOP]]})
                 judge = as_part_monitor(monitors[m])
                 if judge is not None and judge.part_ended:

@@ -25,6 +25,7 @@ ALL_PARTNERS_UP_TO = 128
 PARTNERS = 64
 MIN_ROWS = 50
 CHUNK = 8192  # rows at a time: 8 lagged columns of 200 take 50 MB
+FEW_COLUMNS = 16
 ENDS_PER_ROW = 4  # a run of rows shorter than this is summed whole
 HELD_OUT = 0.2
 # -- the nonlinear correction
@@ -199,19 +200,24 @@ def gram(z: Float64, rows: Int64, lags: int) -> Float64:
     Over an unbroken run of rows a ... b - 1 the block of the lags (i + 1, j + 1) is that of (i, j) with the row before
     the run, z(a - 1 - i) z(a - 1 - j)', in place of its last one, z(b - 1 - i) z(b - 1 - j)'. So only the products
     with z(t) are summed over all rows: with 8 lags a quarter of the work. Where the runs are short the ends would cost
-    more than that saves.
+    more than that saves, and of few columns the whole sum is quick as it is.
     """
     d = z.shape[1]
     first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-    if ENDS_PER_ROW * first.size >= rows.size or lags == 0:
+    if d <= FEW_COLUMNS or ENDS_PER_ROW * first.size >= rows.size:
         return _products(z, rows, lags, 0)
     total = np.empty(((lags + 1) * d, (lags + 1) * d))
     here = lags * d
     now = total[here:]
     now[:] = 0.0
     for k in range(0, rows.size, CHUNK):
-        x = lagged(z, rows[k : k + CHUNK], lags, 0)
-        now += x[:, here:].T @ x
+        part = rows[k : k + CHUNK]
+        unbroken = int(part[-1] - part[0]) == part.size - 1
+        for i in range(lags + 1):
+            past = z[part[0] - i : part[-1] - i + 1] if unbroken else z[part - i]  # the former is no copy
+            if i == 0:
+                x = past
+            now[:, here - i * d : here - i * d + d] += x.T @ past
     ends = _products(z, rows[first], lags, 1) - _products(z, rows[np.append(first[1:] - 1, rows.size - 1)] + 1, lags, 1)
     for at in range(here - d, -1, -d):
         total[at : at + d, :here] = total[at + d : at + 2 * d, d:] + ends[at : at + d]
@@ -277,7 +283,7 @@ def _ridge(total: Float64, seen: Int64, own: int, ridge: float) -> Float64:
     a = np.empty((entries.size, entries.size))
     ridged(total, entries, ridge, a)
     try:
-        factor = np.linalg.cholesky(a)
+        factor = np.linalg.cholesky(a.T)
     except np.linalg.LinAlgError:
         b = total[np.ix_(seen, seen)] + ridge * np.eye(seen.size)
         return np.asarray(np.linalg.solve(b, total[seen, own]), np.float64)

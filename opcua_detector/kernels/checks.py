@@ -22,7 +22,7 @@ STATE: Final = 3
 MOST: Final = 1e6  # of a residual, so that sums over rows stay finite
 
 
-@njit("void(float64[::1])", cache=True)
+@njit("void(float64[::1])", cache=True, nogil=True)
 def forget(state):
     """Forget all rows: NaN stands for "no value yet"."""
     for k in range(0, state.shape[0], STATE):
@@ -31,7 +31,7 @@ def forget(state):
         state[k + 2] = 0.0
 
 
-@njit("void(float64[::1], uint8[::1], int64[::1], float64[::1], float64[::1], float64[::1])", cache=True)
+@njit("void(float64[::1], uint8[::1], int64[::1], float64[::1], float64[::1], float64[::1])", cache=True, nogil=True)
 def check(values, valid, ints, tables, state, residual):
     """Take one row, float64[n_columns] and uint8[n_columns]; write `residual` float64[n_channels], NaN where masked.
 
@@ -73,7 +73,7 @@ def check(values, valid, ints, tables, state, residual):
 
 @njit(
     "void(float64[:, ::1], uint8[:, ::1], uint8[::1], int64[::1], float64[::1], float64[::1], float64[:, ::1])",
-    cache=True,
+    cache=True, nogil=True,
 )
 def check_rows(values, valid, gap, ints, tables, state, residual):
     """Run `check` over a record, with a reset at each gap: float64[n, n_columns] -> float64[n, n_channels]."""
@@ -83,7 +83,7 @@ def check_rows(values, valid, gap, ints, tables, state, residual):
         check(values[t], valid[t], ints, tables, state, residual[t])
 
 
-@njit("float64[:, ::1](float64[:, ::1], uint8[:, ::1], uint8[::1], int64[::1])", cache=True)
+@njit("float64[:, ::1](float64[:, ::1], uint8[:, ::1], uint8[::1], int64[::1])", cache=True, nogil=True)
 def extremes(values, valid, gap, fold):
     """Return what each fold of a record holds, by the rules of `check`: float64[n_folds * n_columns, 7].
 
@@ -126,7 +126,7 @@ def extremes(values, valid, gap, fold):
     return out
 
 
-@njit("int64(float64[::1], float64, float64)", cache=True)
+@njit("int64(float64[::1], float64, float64)", cache=True, nogil=True)
 def excursions(x, low, high):
     """Return how often float64[n] goes from at most `low` to at least `high` or back; NaN is passed over."""
     side, count = 0, 0

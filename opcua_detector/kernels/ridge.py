@@ -7,13 +7,15 @@ from numba import njit
 
 @njit("void(float64[:, ::1], int64[::1], float64, float64[:, ::1])", cache=True)
 def ridged(total, entries, ridge, out):
-    """Write the lower triangle of total[entries, entries] + ridge I into float64[k, k]; the upper one is left.
+    """Write the upper triangle of total[entries, entries] + ridge I into float64[k, k]; the lower one is left.
+
+    Its transpose is the lower triangle column by column, as LAPACK reads it.
 
     total float64[n, n], symmetric; entries int64[k]
     """
     for i in range(entries.shape[0]):
         row = total[entries[i]]
-        for j in range(i + 1):
+        for j in range(i, entries.shape[0]):
             out[i, j] = row[entries[j]]
         out[i, i] += ridge
 

@@ -41,7 +41,7 @@ SHARPNESS: Final = 8.0
 """A view beside the leading ones counts below its limit by this power only, so that it alarms but does not rank."""
 
 
-@njit("float64(float64, float64[::1], int64, int64, int64, float64, float64)", cache=True)
+@njit("float64(float64, float64[::1], int64, int64, int64, float64, float64)", cache=True, nogil=True)
 def surprise(x, table, at, n, k, knee, slope):
     """Return -ln p of a residual by the held-out residuals, at most `SURPRISE_CAP`.
 
@@ -64,13 +64,13 @@ def surprise(x, table, at, n, k, knee, slope):
     return min(value, SURPRISE_CAP)
 
 
-@njit("float64(float64)", cache=True)
+@njit("float64(float64)", cache=True, nogil=True)
 def soft(x):
     """Return ln(1 + exp(x)): positive, increasing, x itself where x is large."""
     return x if x > 30.0 else math.log1p(math.exp(x))
 
 
-@njit("void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1])", cache=True)
+@njit("void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1])", cache=True, nogil=True)
 def transform(residual, state, ints, tables, energy):
     """Write float64[C]: square in healthy units, surprise or the plain residual of each channel; NaN = no verdict."""
     n, k = ints[0], ints[5]
@@ -92,13 +92,13 @@ def transform(residual, state, ints, tables, energy):
                                  tables[state, at + 1])
 
 
-@njit("void(int64[::1], int64[::1])", cache=True)
+@njit("void(int64[::1], int64[::1])", cache=True, nogil=True)
 def forget(ints, cursor):
     """Empty the windows (after a gap); the next row fills them with the healthy mean."""
     cursor[:] = 0
 
 
-@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1])", cache=True)
+@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1])", cache=True, nogil=True)
 def _fill(state, ints, tables, ring, raw, memory):
     """Fill the windows with the healthy mean of the state, so that a score stands from the first residual on."""
     n, n_windows = ints[0], ints[1]
@@ -117,7 +117,7 @@ def _fill(state, ints, tables, ring, raw, memory):
             memory[2 * wc + w * n + c] = 0.0
 
 
-@njit("void(float64[::1], int64[::1], float64[::1], float64[::1], float64[::1], int64[::1])", cache=True)
+@njit("void(float64[::1], int64[::1], float64[::1], float64[::1], float64[::1], int64[::1])", cache=True, nogil=True)
 def _push(residual, ints, ring, raw, memory, cursor):
     """Take energies and residuals of one row into the window sums."""
     n, n_windows, length, report = ints[0], ints[1], ints[6], ints[7]
@@ -163,7 +163,7 @@ def _push(residual, ints, ring, raw, memory, cursor):
     cursor[2] = rows
 
 
-@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1])", cache=True)
+@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1])", cache=True, nogil=True)
 def _judge(state, ints, tables, memory, out):
     """Form terms, views and the score from the sums; half of what a term can hold must be there."""
     n, n_windows, n_terms, n_views = ints[0], ints[1], ints[2], ints[3]
@@ -233,7 +233,7 @@ def _judge(state, ints, tables, memory, out):
 @njit(
     "void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1], int64[::1],"
     " float64[::1])",
-    cache=True,
+    cache=True, nogil=True,
 )
 def score_step(residual, state, ints, tables, ring, raw, memory, cursor, out):
     """Take one row of residuals float64[C] (NaN = no verdict) and write `out` float64[6] (constants above).
@@ -270,7 +270,7 @@ def score_step(residual, state, ints, tables, ring, raw, memory, cursor, out):
 @njit(
     "void(float64[:, ::1], uint8[::1], int64[::1], int64[::1], float64[:, ::1], float64[::1], float64[::1],"
     " float64[::1], int64[::1], float64[::1], float64[:, ::1], float64[:, ::1], float64[:, ::1])",
-    cache=True,
+    cache=True, nogil=True,
 )
 def score_rows(residual, gap, state, ints, tables, ring, raw, memory, cursor, out, outs, stats, values):
     """Run `score_step` over a record: float64[n, C] -> outs [n, 6], stats [n, T], values [n, V].
@@ -288,3 +288,10 @@ def score_rows(residual, gap, state, ints, tables, ring, raw, memory, cursor, ou
             stats[t] = memory[stat_at:stat_at + ints[2]]
         if values.shape[0] > 0:
             values[t] = memory[stat_at + ints[2]:stat_at + ints[2] + ints[3]]
+
+
+@njit("void(float64[:, ::1], int64[::1], int64[::1], float64[:, ::1], float64[:, ::1])", cache=True, nogil=True)
+def transform_rows(residual, state, ints, tables, energy):
+    """Run `transform` over a record: float64[n, C], int64[n] -> energy float64[n, C]."""
+    for t in range(residual.shape[0]):
+        transform(residual[t], state[t], ints, tables, energy[t])

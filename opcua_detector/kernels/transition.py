@@ -47,7 +47,7 @@ SUM_FLAGS: Final = {"reassoc", "contract", "nsz"}
 """Sums may be reordered for SIMD; NaN and infinity keep their meaning."""
 
 
-@njit("i4(f8, f8[::1], i8, i8)", cache=True)
+@njit("i4(f8, f8[::1], i8, i8)", cache=True, nogil=True)
 def level_of(x: float, edges: Array, first: int, n_edges: int) -> int:
     """Return the level of a raw value: how many of its thresholds lie below it.
 
@@ -71,7 +71,7 @@ def level_of(x: float, edges: Array, first: int, n_edges: int) -> int:
     return low - first
 
 
-@njit("f8(f8[::1], i8, f4[::1], i8, i8)", cache=True, fastmath=SUM_FLAGS)
+@njit("f8(f8[::1], i8, f4[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def dot(w: Array, at_w: int, vectors: Array, at_v: int, n: int) -> float:
     """Return the inner product of `n` entries: w float64 from `at_w`, vectors float32 from `at_v`."""
     total = 0.0
@@ -80,7 +80,7 @@ def dot(w: Array, at_w: int, vectors: Array, at_v: int, n: int) -> float:
     return total
 
 
-@njit("f8(f8[::1], i8, f8, f8[::1], i8, i8)", cache=True, fastmath=SUM_FLAGS)
+@njit("f8(f8[::1], i8, f8, f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def map_residual(w: Array, at_w: int, x: float, maps: Array, at_map: int, n_e: int) -> float:
     """Return x less what a map predicts from the extended vector, scaled units, with its sign.
 
@@ -100,7 +100,7 @@ def map_residual(w: Array, at_w: int, x: float, maps: Array, at_map: int, n_e: i
     return x - (predicted + maps[at_map + n_e])
 
 
-@njit("f8(f8[::1], i8, i8)", cache=True, fastmath=SUM_FLAGS)
+@njit("f8(f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def centre(w: Array, at: int, n: int) -> float:
     """Subtract the mean from `n` entries in place and return the norm of what is left.
 
@@ -117,7 +117,7 @@ def centre(w: Array, at: int, n: int) -> float:
     return math.sqrt(square)
 
 
-@njit("f8(f8[::1], i8, f8[::1], i8, i4[::1], i8, i4[::1], i8, i8, i8, i8)", cache=True)
+@njit("f8(f8[::1], i8, f8[::1], i8, i4[::1], i8, i4[::1], i8, i8, i8, i8)", cache=True, nogil=True)
 def bound_residual(
     w: Array, at_w: int, floats: Array, at_bounds: int, used: Array, at_used: int, ints: Array,
     at_partners: int, n_seen: int, n_e: int, own: int,
@@ -154,7 +154,7 @@ def bound_residual(
     return total / n_used
 
 
-@njit("f8(f8[::1], i8, i8, f4[::1], i8, i8, i4[::1], i8)", cache=True)
+@njit("f8(f8[::1], i8, i8, f4[::1], i8, i8, i4[::1], i8)", cache=True, nogil=True)
 def masked_conf_residual(
     w: Array, at_w: int, n_e: int, vectors: Array, first: int, last: int, used: Array, at_used: int
 ) -> float:
@@ -193,7 +193,7 @@ def masked_conf_residual(
     return max(0.0, 1.0 - best)
 
 
-@njit("void(f8[::1], u1[::1], i8, i4[::1], f8[::1], i4[::1], f8[::1])", cache=True)
+@njit("void(f8[::1], u1[::1], i8, i4[::1], f8[::1], i4[::1], f8[::1])", cache=True, nogil=True)
 def push_row(
     values: Array, valid: Array, at: int, ints: Array, floats: Array, memory: Array, ring: Array
 ) -> None:
@@ -232,7 +232,7 @@ def push_row(
         memory[MEMORY_HEADER + i * length + slot] = level
 
 
-@njit("i8(i8, i4[::1], i4[::1], f8[::1])", cache=True)
+@njit("i8(i8, i4[::1], i4[::1], f8[::1])", cache=True, nogil=True)
 def extend(i: int, ints: Array, memory: Array, ring: Array) -> int:
     """Write the extended vector of sensor i and its validity into the memory; return how many are valid.
 
@@ -269,7 +269,7 @@ def extend(i: int, ints: Array, memory: Array, ring: Array) -> int:
     return n_used
 
 
-@njit("void(i8, i4[::1], f8[::1], f4[::1], i4[::1], f8[::1], f8[::1], i8)", cache=True)
+@njit("void(i8, i4[::1], f8[::1], f4[::1], i4[::1], f8[::1], f8[::1], i8)", cache=True, nogil=True)
 def judge_sensor(
     i: int, ints: Array, floats: Array, vectors: Array, memory: Array, ring: Array, out: Array, at: int
 ) -> None:
@@ -277,7 +277,7 @@ def judge_sensor(
 
     i : int, sensor; out : float64[:], dimensionless (affine: scaled units); the rest is packed as the
     module's docstring says. All are NaN where the sensor itself is not valid at t or t + step; bound, conf
-    and affine are NaN where fewer than half of the components are valid.
+    are NaN where fewer than half of the components are valid, affine where any is not.
 
     Notes
     -----
@@ -310,7 +310,7 @@ def judge_sensor(
     if row < 0:
         out[at], out[at + n_sensors], out[at + 2 * n_sensors] = 1.0, 0.0, 1.0
         if affine:
-            if 2 * extend(i, ints, memory, ring) < n_e:
+            if extend(i, ints, memory, ring) < n_e:
                 out[at + 3 * n_sensors] = np.nan
             else:
                 general_at = rows_at + ints[5] * stride + i * (n_e + 1)
@@ -327,7 +327,9 @@ def judge_sensor(
     out[at + n_sensors] = bound_residual(
         ring, w_at, floats, bounds_at, memory, used_at, ints, partners_at + i * n_seen, n_seen, n_e, own,
     )
-    if affine:
+    if affine and n_used < n_e:  # a guessed component would be taken for a wrong one
+        out[at + 3 * n_sensors] = np.nan
+    elif affine:
         error = abs(map_residual(ring, w_at, now, floats, bounds_at + 2 * n_e, n_e))
         out[at + 3 * n_sensors] = max(0.0, error - floats[bounds_at + 3 * n_e + 1])
     first, last = ints[pointers_at + row], ints[pointers_at + row + 1]
@@ -344,7 +346,7 @@ def judge_sensor(
     out[at + 2 * n_sensors] = conf
 
 
-@njit("void(i4[::1], i4[::1])", cache=True)
+@njit("void(i4[::1], i4[::1])", cache=True, nogil=True)
 def forget(ints: Array, memory: Array) -> None:
     """Empty the memory, as at the start and after a gap; both arrays int32[:], packed."""
     memory[0] = -1

@@ -77,11 +77,11 @@ def test_the_plugins_of_the_product_are_known_without_importing_them():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names, imported = done.stdout.splitlines()
-    assert names == "['mlp', 'onnx', 'regression', 'transition']"
+    assert names == "['checks', 'mlp', 'onnx', 'regression', 'transition']"
     assert imported == "[]"
 
 
-@pytest.mark.parametrize("name", ["transition", "regression", "onnx", "mlp"])
+@pytest.mark.parametrize("name", ["transition", "regression", "checks", "onnx", "mlp"])
 def test_each_of_them_is_a_plugin_of_that_name(name):
     registry = Registry()
     plugin = registry.get(name)
@@ -104,7 +104,7 @@ def test_a_drop_in_folder_is_found_and_its_relative_imports_work(tmp_path, whole
     path = drop_in(tmp_path)
     (tmp_path / "notes").mkdir()
     registry = Registry([tmp_path if whole_folder else path])
-    assert registry.names() == ["mine", "mlp", "onnx", "regression", "transition"]
+    assert registry.names() == ["checks", "mine", "mlp", "onnx", "regression", "transition"]
     assert registry.get("mine").name == "mine"
 
 
@@ -120,7 +120,7 @@ def test_a_broken_plugin_disturbs_nobody_who_does_not_ask_for_it(tmp_path):
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(PluginError, match=r"'transitoin'[\s\S]*mlp, onnx, regression, transition"):
+    with pytest.raises(PluginError, match=r"'transitoin'[\s\S]*checks, mlp, onnx, regression, transition"):
         Registry().get("transitoin")
 
 
