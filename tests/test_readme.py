@@ -62,7 +62,7 @@ def test_bash_blocks_hold_commands_of_the_project_alone_and_most_of_its_commands
     for command in every:
         assert command.startswith(RUNNABLE), f"a bash block of the README holds: {command}"
     shown = {shlex.split(command)[1] for command in every if command.startswith("opcua-detector ")}
-    known = {function.__name__ for function, _ in COMMANDS}
+    known = {function.__name__ for function, _ in COMMANDS} | {"feedback"}  # a group of commands of its own
     assert shown <= known
     assert known - shown <= {"sim"}
 
@@ -114,6 +114,17 @@ def test_every_command_of_the_readme_runs_as_written(tmp_path: Path) -> None:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "COLUMNS": "100"}
     run_all([command.replace(PORT, port) for command in to_run()], tmp_path, environment)
     assert (tmp_path / "configs" / "models" / "lorenz.npz").exists()
+
+
+def test_the_python_of_the_readme_runs_as_written(tmp_path: Path) -> None:
+    found = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert found
+    subprocess.run([sys.executable, "-m", "sim_server", "csv", "--process", "lorenz", "--rows", "20000", "--seed", "3",
+                    "--out", str(tmp_path / "healthy.csv")], check=True, cwd=ROOT, timeout=COMMAND_TIMEOUT_S)
+    ran = subprocess.run([sys.executable, "-c", "\n".join(found)], cwd=tmp_path, capture_output=True, text=True,
+                         timeout=COMMAND_TIMEOUT_S)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "rows.npz").exists()
 
 
 def run_all(commands: list[str], folder: Path, environment: dict[str, str]) -> None:
