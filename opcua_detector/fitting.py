@@ -278,7 +278,7 @@ def _unlike_the_rest(
     """Return (from_ns, to_ns, healthy spreads above the median, view) of lasting stretches, the highest first.
 
     A stretch counts where a view stands above a bar on three quarters of the rows of a window of 3 % of the record: a
-    rare healthy movement is as high, but not for so long (at 12 000 to 30 000 rows, clean records of both simulated
+    rare healthy movement is as high, but not for so long (at 12 000 rows, clean records of both simulated
     plants and a linear one name nothing; most faults of 5 % are named, see `tests/test_robust.py`). The views are
     those of the predictors, where there are any, and the fixed ones.
 

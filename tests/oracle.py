@@ -86,7 +86,7 @@ def judge_sensor(model, i, own, z, valid, level, t):
     w, ok = extend(z, valid, t, own, a["partners"][i], step)
     half = 2 * ok.sum() >= len(ok)
     affine = np.nan
-    if "maps" in a and ok.all():
+    if "maps" in a and half and ok[len(a["partners"][i]):].all():
         affine = abs(map_residual(w, z[t, own], a["maps"][row] if row >= 0 else a["general"][i]))
         affine = max(0.0, affine - (a["slack"][row] if row >= 0 else 0.0))
     if row < 0:

@@ -111,7 +111,7 @@ def ratio(view, value, limit):
 
 def counted(view, score):
     """What a view adds to the score: those beside the leading ones count little below their limit."""
-    return score if view.role == "leading" or score >= 1.0 else score ** SHARPNESS
+    return score ** SHARPNESS if view.role == "beside" and score < 1.0 else score
 
 
 def score_step(residual, gap, state, t, calibration):
@@ -139,9 +139,11 @@ def score_step(residual, gap, state, t, calibration):
             slow = score
         elif not best >= counted(view, score):
             best, lead = counted(view, score), float(v)
+    # A plain residual stands from the first row on, so it alone is no verdict where others still warm up.
+    telling = [j for j in range(len(c.channels)) if c.transform[j] != PLAIN]
     spoken = any(not math.isnan(energy(residual[k, j], state[k], j, c))
-                 for k in range(start, t + 1) for j in range(len(c.channels)))
-    if not spoken:
+                 for k in range(start, t + 1) for j in telling)
+    if telling and not spoken:
         best, lead, slow = math.nan, -1.0, math.nan
     told = range(max(start, t - min(REPORT, int(max(c.windows))) + 1), t + 1)
     out = [best, lead, slow]

@@ -256,7 +256,7 @@ def test_views_that_lead_and_those_beside_them_count_alike_from_the_limit_on_and
         alarming = [x for x in shares.values() if x >= 1.0]
         if alarming:
             assert outs[t, SCORE] == pytest.approx(max(alarming))
-        elif role == "leading":
+        elif role in ("leading", "fixed"):
             assert outs[t, SCORE] == pytest.approx(shares[lead])
         else:
             assert outs[t, SCORE] == pytest.approx(shares[lead] ** SHARPNESS)

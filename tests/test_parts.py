@@ -368,7 +368,8 @@ def test_sentences_say_part_phase_observed_and_normal(cause, sentence):
 def test_a_sentence_is_never_too_long_and_a_cause_of_rows_is_told_as_ever():
     long = PartCause("a_very_long_tag_name_" * 9, "bin", 1.0, 61.2, 48.0, 55.5, part=17, phase=(40.0, 55.0))
     assert len(part_sentence(long, {}, {})) == EXPLANATION_CHARS
-    assert part_sentence(Cause("x", "bound", 1.0, 3.0, 1.0, 2.0), {}, {"x": 10.0}) == "x is 3.0; normal is 1.0 to 2.0"
+    assert part_sentence(Cause("x", "bound", 1.0, 3.0, 1.0, 2.0), {}, {"x": 10.0}) == (
+        "x is 3.0, too high; normal is 1.0 to 2.0")
 
 
 # -- configuration and models -----------------------------------------------------------------------------------

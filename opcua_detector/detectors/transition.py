@@ -14,9 +14,9 @@ Four channels per sensor:
             healthy standard deviations of the sensor (ours: section 3.4 of the design; not in `faithful`)
 
 Masks: a sensor that is not valid at t or t + step gets NaN on all its channels; any other value that is not
-valid is left out of bound and conf, which are NaN only where fewer than half of the components are left; affine is
-NaN where any is not valid. So a Bad tag changes `trans` of no other sensor, and bound and conf of the others by its
-own components alone.
+valid is left out of bound and conf, and counts as its healthy mean in affine; these are NaN where fewer than half of
+the components are left, and affine where its own past is not whole. So a Bad tag changes `trans` of no other sensor,
+and the other channels of the others by its own components alone.
 """
 
 from __future__ import annotations

@@ -100,6 +100,15 @@ def map_residual(w: Array, at_w: int, x: float, maps: Array, at_map: int, n_e: i
     return x - (predicted + maps[at_map + n_e])
 
 
+@njit("b1(i4[::1], i8, i8)", cache=True, nogil=True)
+def all_valid(memory: Array, first: int, n: int) -> bool:
+    """Return whether n entries of the validity of the extended vector are all 1."""
+    good = 0
+    for k in range(first, first + n):
+        good += memory[k] != 0
+    return good == n
+
+
 @njit("f8(f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def centre(w: Array, at: int, n: int) -> float:
     """Subtract the mean from `n` entries in place and return the norm of what is left.
@@ -277,7 +286,7 @@ def judge_sensor(
 
     i : int, sensor; out : float64[:], dimensionless (affine: scaled units); the rest is packed as the
     module's docstring says. All are NaN where the sensor itself is not valid at t or t + step; bound, conf
-    are NaN where fewer than half of the components are valid, affine where any is not.
+    and affine are NaN where fewer than half of the components are valid, affine where any of its own past is not.
 
     Notes
     -----
@@ -310,7 +319,9 @@ def judge_sensor(
     if row < 0:
         out[at], out[at + n_sensors], out[at + 2 * n_sensors] = 1.0, 0.0, 1.0
         if affine:
-            if extend(i, ints, memory, ring) < n_e:
+            used = extend(i, ints, memory, ring)
+            own_at = MEMORY_HEADER + n_sensors * length + w_at
+            if 2 * used < n_e or not all_valid(memory, own_at + n_seen, n_e - n_seen):
                 out[at + 3 * n_sensors] = np.nan
             else:
                 general_at = rows_at + ints[5] * stride + i * (n_e + 1)
@@ -327,7 +338,7 @@ def judge_sensor(
     out[at + n_sensors] = bound_residual(
         ring, w_at, floats, bounds_at, memory, used_at, ints, partners_at + i * n_seen, n_seen, n_e, own,
     )
-    if affine and n_used < n_e:  # a guessed component would be taken for a wrong one
+    if affine and not all_valid(memory, used_at + n_seen, n_e - n_seen):  # a guessed past would be taken for a jump
         out[at + 3 * n_sensors] = np.nan
     elif affine:
         error = abs(map_residual(ring, w_at, now, floats, bounds_at + 2 * n_e, n_e))

@@ -39,7 +39,7 @@ from tests.benchmarks.public_data import SETS, SIMULATED_SEEDS, Case, public_cas
 HALVES = ("design", "report", "all")
 OURS = "ours"
 SHARE, AT_SHARE = 0.75, "ours, alarm at .75 of the limit"
-"""Share of the limit with the best F1 on the design halves of TEP and ASD, fixed there (ASD .321, at the limit .257)."""
+"""Share of the limit with the best F1 on the design halves of TEP and ASD (ASD .321, at the limit .257)."""
 RESAMPLES, COVERED = 4000, 0.95
 FIGURES = ("AUC", "pAUC", "VUS-PR")
 

@@ -236,13 +236,13 @@ def rows() -> np.ndarray:
 
 
 def test_a_history_too_short_to_calibrate_says_how_long_it_must_be(plant: RunningPlant, fitted: Fitted) -> None:
-    refused(fitted.folder, 3, ("too short to calibrate", "2000 needed", "longer history"),
-            "fit", fitted.file, "--last", "3 s")
+    refused(fitted.folder, 3, ("too short to calibrate", "250 needed", "longer history"),
+            "fit", fitted.file, "--last", "2 s")
 
 
 def test_a_csv_too_short_to_calibrate_keeps_the_model_as_it_was(fitted: Fitted, rows: np.ndarray) -> None:
-    file = csv_file(fitted.folder, rows[:500])
-    refused(fitted.folder, 3, ("500 rows, 2000 needed",), "fit", fitted.file, "--csv", file)
+    file = csv_file(fitted.folder, rows[:200])
+    refused(fitted.folder, 3, ("200 rows, 250 needed",), "fit", fitted.file, "--csv", file)
 
 
 def test_a_constant_tag_alone_leaves_nothing_to_judge(plant: RunningPlant, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_one_tag_and_a_hundred_fit(k: int) -> None:
     words = checked(text).words
     assert len(text) < 2_000_000
     assert f"The 20 of {k} tags" in words if k > 20 else "Those that carried" in words
-    assert words.count(names[0]) >= 2
+    assert any(words.count(name) >= 2 for name in names)
 
 
 @pytest.mark.parametrize("rows", [5, 60])
