@@ -307,6 +307,7 @@ class Config(Section):
     servers: tuple[ServerConfig, ...] = Field(min_length=1)
     groups: tuple[GroupConfig, ...] = Field(min_length=1)
     monitors: tuple[MonitorConfig, ...] = ()
+    operator_alarms_per_week: float | None = Field(default=None, gt=0, le=604800)
     store: StoreConfig = StoreConfig()
     plugins: tuple[Path, ...] = ()
 
@@ -417,7 +418,25 @@ def parse(text: str, *, file: str = "(text)", folder: Path | None = None) -> Con
         config = Config.model_validate(content)
     except ValidationError as error:
         raise _config_error(error, root, file) from None
+    config = _share_budget(config)
     return _resolve_paths(config, folder) if folder else config
+
+
+def _share_budget(config: Config) -> Config:
+    """Share the alarm budget of the operator position evenly over the monitors that state none of their own."""
+    if config.operator_alarms_per_week is None:
+        return config
+    own = "false_alarms_per_day"
+    silent = [m for m in config.monitors if own not in m.model_fields_set]
+    stated = sum(m.false_alarms_per_day for m in config.monitors if own in m.model_fields_set)
+    left = config.operator_alarms_per_week / 7 - stated
+    if silent and left <= 0:
+        raise ConfigError(
+            "the monitors that state a budget of their own use up that of the operator position",
+            key="operator_alarms_per_week", value=config.operator_alarms_per_week,
+            expected=f"more than {7 * stated:g}", next_step="raise it, or take false_alarms_per_day off the monitors")
+    return config.model_copy(update={"monitors": tuple(
+        m if own in m.model_fields_set else m.model_copy(update={own: left / len(silent)}) for m in config.monitors)})
 
 
 def duration_ns(text: str, *, key: str) -> int:

@@ -459,3 +459,24 @@ def test_every_sample_loads(path):
 
 def test_there_is_a_sample_of_each_simulated_process():
     assert {p.stem for p in SAMPLES} >= {"lorenz", "throttle"}
+
+# -- the alarm budget of an operator position -----------------------------------------------------------------------
+
+
+def test_the_budget_of_the_operator_position_is_shared_by_the_monitors_that_state_none() -> None:
+    text = BUDGET.format(week="operator_alarms_per_week: 7", own="false_alarms_per_day: 0.4, ")
+    shared = {m.name: m.false_alarms_per_day for m in parse(text).monitors}
+    assert shared == pytest.approx({"a": 0.4, "b": 0.3, "c": 0.3})
+    alone = {m.name: m.false_alarms_per_day for m in parse(BUDGET.format(week="", own="")).monitors}
+    assert alone == {"a": 1.0, "b": 1.0, "c": 1.0}
+    with pytest.raises(ConfigError, match=r"use up that of the operator position[\s\S]*more than 7"):
+        parse(BUDGET.format(week="operator_alarms_per_week: 7", own="false_alarms_per_day: 1, "))
+
+
+BUDGET = """
+version: 1
+{week}
+servers: [{{name: plant, endpoint: "opc.tcp://127.0.0.1:4840/", policy: None, insecure: true}}]
+groups: [{{name: g, server: plant, period: 100 ms, tags: [{{name: x, node: "ns=1;s=x"}}]}}]
+monitors: [{{name: a, group: g, {own}tags: [x]}}, {{name: b, group: g}}, {{name: c, group: g}}]
+"""

@@ -134,7 +134,7 @@ def show_ranking(arguments: argparse.Namespace) -> None:
     for process, seeds in (("lorenz", 5), ("throttle", 3)):
         for noise in (0.0, 0.01):
             found = []
-            for case in simulated_cases(process, noise=noise, seeds=range(seeds)):
+            for case in simulated_cases(process, noise=noise, seeds=seeds):
                 model = fit(case.healthy, case.tags, case.period_s)
                 outs = model.outs(np.vstack([case.healthy, case.test]))[len(case.healthy):]
                 score, slow = outs[:, SCORE], outs[:, 2]
