@@ -19,14 +19,14 @@ Masks: a masked value gets no residual; it neither counts to a run nor ends it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from opcua_detector.api import Cause, Channel, Float64, Int64, MethodModel, Record, Tag, UInt8
-from opcua_detector.errors import ConfigError, ModelTagsError, RecordError
+from opcua_detector.detectors.common import number, places, require, whole
+from opcua_detector.errors import RecordError
 from opcua_detector.kernels.checks import STATE, check, check_rows, excursions, extremes, forget
 
 FOLDS: Final = 5
@@ -56,20 +56,12 @@ class ChecksParams:
     stuck_rows: int = 20
 
     def __post_init__(self) -> None:
-        checks: tuple[tuple[str, bool, str], ...] = (
-            ("range_share", _number(self.range_share) and 0.0 < self.range_share <= 100.0, "a number above 0"),
-            ("rate_share", _number(self.rate_share) and 0.0 < self.rate_share <= 100.0, "a number above 0"),
-            ("stuck_rows", isinstance(self.stuck_rows, int) and not isinstance(self.stuck_rows, bool)
+        require("checks", self, (
+            ("range_share", number(self.range_share) and 0.0 < self.range_share <= 100.0, "a number above 0"),
+            ("rate_share", number(self.rate_share) and 0.0 < self.rate_share <= 100.0, "a number above 0"),
+            ("stuck_rows", whole(self.stuck_rows)
              and 1 <= self.stuck_rows <= 10**9, "a whole number of rows, 1 or more"),
-        )
-        for key, ok, expected in checks:
-            if not ok:
-                raise ConfigError("checks cannot use this parameter", key=key, value=getattr(self, key),
-                                  expected=expected, next_step=f"correct {key} under the method's params")
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+        ))
 
 
 class ChecksPlugin:
@@ -182,12 +174,7 @@ class ChecksMethod:
     memory = 1
 
     def __init__(self, model: MethodModel, columns: Sequence[Tag]) -> None:
-        at = {tag.name: position for position, tag in enumerate(columns)}
-        missing = [name for name in model.columns if name not in at]
-        if missing:
-            raise ModelTagsError(
-                f"the model was fitted with {', '.join(missing)}, not among {', '.join(at) or 'no column'}",
-                where=self.name, next_step="fit a new model for the tags of this monitor")
+        at = places(self.name, model, columns)
         self.model = model
         a, n = model.arrays, len(model.columns)
         ranged, moves = np.flatnonzero(a["ranged"]), np.flatnonzero(a["moves"])

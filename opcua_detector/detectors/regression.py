@@ -19,7 +19,6 @@ Source: section 8 of the design, F and R.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Final, Literal
 
@@ -27,9 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcua_detector.api import Cause, Channel, Float64, Int64, MethodModel, Record, Tag, UInt8
+from opcua_detector.detectors.common import number, places, require, whole
 from opcua_detector.detectors.regression_explain import KINDS, explain_rows
 from opcua_detector.detectors.regression_fit import learn
-from opcua_detector.errors import ConfigError, ModelTagsError, RecordError
+from opcua_detector.errors import ModelTagsError, RecordError
 from opcua_detector.kernels.regression import SIGNED, STATE_HEADER, follow_rows, forget, score_rows
 
 _ONE_ROW: Final = 1
@@ -61,30 +61,17 @@ class RegressionParams:
     nonlinear: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        checks: tuple[tuple[str, bool, str], ...] = (
-            ("lags", _whole(self.lags) and 1 <= self.lags <= 100, "a whole number of rows, 1 .. 100"),
-            ("ridge", _number(self.ridge) and 0.0 < self.ridge <= 1e6, "a number above 0"),
-            ("relation_ridge", _number(self.relation_ridge) and 0.0 < self.relation_ridge <= 1e6, "a number above 0"),
-            ("features", _whole(self.features) and 1 <= self.features <= 4096, "a whole number of 1 .. 4096"),
-            ("feature_lags", _whole(self.feature_lags) and self.lags <= self.feature_lags <= 1000,
+        require("regression", self, (
+            ("lags", whole(self.lags) and 1 <= self.lags <= 100, "a whole number of rows, 1 .. 100"),
+            ("ridge", number(self.ridge) and 0.0 < self.ridge <= 1e6, "a number above 0"),
+            ("relation_ridge", number(self.relation_ridge) and 0.0 < self.relation_ridge <= 1e6, "a number above 0"),
+            ("features", whole(self.features) and 1 <= self.features <= 4096, "a whole number of 1 .. 4096"),
+            ("feature_lags", whole(self.feature_lags) and self.lags <= self.feature_lags <= 1000,
              "a whole number of rows, lags .. 1000"),
-            ("partners", _whole(self.partners) and self.partners >= 0, "a whole number, 0 = automatic"),
-            ("seed", _whole(self.seed) and self.seed >= 0, "a whole number, 0 or more"),
+            ("partners", whole(self.partners) and self.partners >= 0, "a whole number, 0 = automatic"),
+            ("seed", whole(self.seed) and self.seed >= 0, "a whole number, 0 or more"),
             ("nonlinear", self.nonlinear in ("auto", "on", "off"), "auto, on or off"),
-        )
-        for key, ok, expected in checks:
-            if not ok:
-                raise ConfigError(
-                    "regression cannot use this parameter", key=key, value=getattr(self, key), expected=expected,
-                    next_step=f"correct {key} under the method's params")
-
-
-def _whole(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+        ))
 
 
 class RegressionPlugin:
@@ -145,12 +132,7 @@ class RegressionMethod:
     lag = 0
 
     def __init__(self, model: MethodModel, columns: Sequence[Tag]) -> None:
-        at = {tag.name: position for position, tag in enumerate(columns)}
-        missing = [name for name in model.columns if name not in at]
-        if missing:
-            raise ModelTagsError(
-                f"the model was fitted with {', '.join(missing)}, not among {', '.join(at) or 'no column'}",
-                where=self.name, next_step="fit a new model for the tags of this monitor")
+        at = places(self.name, model, columns)
         self.model = model
         self.params = RegressionParams(**{k: v for k, v in model.params.items() if k not in _FACTS})
         self.nonlinear_share = float(model.params["nonlinear_share"])

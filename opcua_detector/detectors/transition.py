@@ -22,7 +22,6 @@ and the other channels of the others by its own components alone.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -30,9 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcua_detector.api import Cause, Channel, Float64, Int64, MethodModel, Record, Tag, UInt8
+from opcua_detector.detectors.common import number, places, require, whole
 from opcua_detector.detectors.transition_explain import explain_rows
 from opcua_detector.detectors.transition_fit import configure, describe_columns, learn
-from opcua_detector.errors import ConfigError, ModelTagsError, RecordError
+from opcua_detector.errors import RecordError
 from opcua_detector.kernels.transition import MEMORY_HEADER, forget, score_rows
 
 KINDS: Final = ("trans", "bound", "conf")
@@ -79,35 +79,21 @@ class TransitionParams:
     faithful: bool = False
 
     def __post_init__(self) -> None:
-        checks: tuple[tuple[str, bool, str], ...] = (
-            ("levels", _whole(self.levels) and (self.levels == 0 or 2 <= self.levels <= 256),
+        require("transition", self, (
+            ("levels", whole(self.levels) and (self.levels == 0 or 2 <= self.levels <= 256),
              "a whole number of 2 .. 256, 0 = automatic"),
-            ("step", _whole(self.step) and 1 <= self.step <= 10_000, "a whole number of rows, 1 .. 10000"),
-            ("eta", _number(self.eta) and 0.0 < self.eta <= 1.0, "a number above 0, at most 1"),
-            ("nu", _number(self.nu) and 0.0 < self.nu <= 4.0, "a number above 0, at most 4"),
-            ("eps", _number(self.eps) and 0.0 < self.eps <= 1e6, "a number above 0 (scaled units)"),
-            ("max_vectors", _whole(self.max_vectors) and self.max_vectors >= 0, "a whole number, 0 = no cap"),
-            ("partners", _whole(self.partners) and self.partners >= 0, "a whole number, 0 = automatic"),
+            ("step", whole(self.step) and 1 <= self.step <= 10_000, "a whole number of rows, 1 .. 10000"),
+            ("eta", number(self.eta) and 0.0 < self.eta <= 1.0, "a number above 0, at most 1"),
+            ("nu", number(self.nu) and 0.0 < self.nu <= 4.0, "a number above 0, at most 4"),
+            ("eps", number(self.eps) and 0.0 < self.eps <= 1e6, "a number above 0 (scaled units)"),
+            ("max_vectors", whole(self.max_vectors) and self.max_vectors >= 0, "a whole number, 0 = no cap"),
+            ("partners", whole(self.partners) and self.partners >= 0, "a whole number, 0 = automatic"),
             ("affine", isinstance(self.affine, bool), "true or false"),
-            ("affine_ridge", _number(self.affine_ridge) and (self.affine_ridge == 0.0 or
+            ("affine_ridge", number(self.affine_ridge) and (self.affine_ridge == 0.0 or
                                                              1e-9 <= self.affine_ridge <= 1e9),
              "a number of 1e-9 .. 1e9, 0 = automatic"),
             ("faithful", isinstance(self.faithful, bool), "true or false"),
-        )
-        for key, ok, expected in checks:
-            if not ok:
-                raise ConfigError(
-                    "transition cannot use this parameter", key=key, value=getattr(self, key),
-                    expected=expected, next_step=f"correct {key} under the method's params",
-                )
-
-
-def _whole(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+        ))
 
 
 class TransitionPlugin:
@@ -171,13 +157,7 @@ class TransitionMethod:
     name = TransitionPlugin.name
 
     def __init__(self, model: MethodModel, columns: Sequence[Tag]) -> None:
-        at = {tag.name: position for position, tag in enumerate(columns)}
-        missing = [name for name in model.columns if name not in at]
-        if missing:
-            raise ModelTagsError(
-                f"the model was fitted with {', '.join(missing)}, not among {', '.join(at) or 'no column'}",
-                where=self.name, next_step="fit a new model for the tags of this monitor",
-            )
+        at = places(self.name, model, columns)
         self.model = model
         self.params = TransitionParams(**model.params)
         self._cols = np.array([at[name] for name in model.columns], dtype=np.int32)
