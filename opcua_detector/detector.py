@@ -11,6 +11,7 @@ The same monitor runs live: `score` gives for many rows what `monitor().step` gi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import ValidationError
 
 from .allowances import Allowances
 from .api import Explanation, Float64, Int64, Method, MethodModel, Record, Tag, TagKind, UInt8, Verdict
@@ -265,13 +267,22 @@ def fit(
     if not period_s > 0:
         raise ConfigError("the period must be above 0", key="period_s", value=period_s, expected="seconds")
     named = tuple(tag if isinstance(tag, Tag) else Tag(tag) for tag in tags)
+    twice = [name for name, times_named in Counter(tag.name for tag in named).items() if times_named > 1]
+    if twice:
+        raise RecordError(f"two tags are called {twice[0]}", next_step="give every column a name of its own")
     if given["state_tag"]:
         named = tuple(_as_state(tag) if tag.name == given["state_tag"] else tag for tag in named)
     record = _record(rows, named, round(period_s * NS), times, valid)
     if intervals is not None:
         record = record.take(_rows_of(intervals, len(record)))
-    monitor = MonitorConfig(name=given["name"], group="rows", methods=given["methods"],
-                            state_tag=given["state_tag"], false_alarms_per_day=given["false_alarms_per_day"])
+    try:
+        monitor = MonitorConfig(name=given["name"], group="rows", methods=given["methods"],
+                                state_tag=given["state_tag"], false_alarms_per_day=given["false_alarms_per_day"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "params"
+        raise ConfigError("fit cannot use this parameter", key=key, value=first["input"], expected=first["msg"],
+                          next_step="correct it in params") from None
     methods = methods_of(monitor, Registry(), Path("params"))
     model, report = fit_monitor(
         given["name"], record, methods, state_tag=given["state_tag"],
@@ -297,7 +308,11 @@ def _as_state(tag: Tag) -> Tag:
 
 def _record(rows: ArrayLike, tags: Sequence[Tag], period_ns: int, times: ArrayLike | None, valid: ArrayLike | None,
             ) -> Record:
-    values = np.asarray(rows, dtype=np.float64)
+    try:
+        values = np.asarray(rows, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"rows are no numbers: {error}", next_step="give float64[n, n_tags], NaN where not known",
+                          ) from None
     if values.ndim != 2 or values.shape[1] != len(tags):
         raise RecordError(f"rows have shape {values.shape}, expected (n, {len(tags)})",
                           where=", ".join(t.name for t in tags),
