@@ -422,6 +422,22 @@ def parse(text: str, *, file: str = "(text)", folder: Path | None = None) -> Con
     return _resolve_paths(config, folder) if folder else config
 
 
+def monitor_of(**given: Any) -> MonitorConfig:
+    """Return a monitor's config made in code, without a file.
+
+    Raises
+    ------
+    ConfigError
+        A key that is not known, or a value that it cannot have.
+    """
+    try:
+        return MonitorConfig.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError("the monitor cannot use this", key=".".join(str(part) for part in first["loc"]),
+                          value=first["input"], expected=first["msg"], next_step="correct it") from None
+
+
 def _share_budget(config: Config) -> Config:
     """Share the alarm budget of the operator position evenly over the monitors that state none of their own."""
     if config.operator_alarms_per_week is None:

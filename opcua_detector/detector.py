@@ -19,12 +19,11 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import ValidationError
 
 from .allowances import Allowances
 from .api import Explanation, Float64, Int64, Method, MethodModel, Record, Tag, TagKind, UInt8, Verdict
 from .app import methods_of, only_nonlinear
-from .config import MonitorConfig
+from .config import monitor_of
 from .engine import AlertSettings, Engine, Monitor, frames_of
 from .errors import ConfigError, RecordError
 from .feedback import Feedback, Outcome, Policy, give_feedback, undo
@@ -275,14 +274,8 @@ def fit(
     record = _record(rows, named, round(period_s * NS), times, valid)
     if intervals is not None:
         record = record.take(_rows_of(intervals, len(record)))
-    try:
-        monitor = MonitorConfig(name=given["name"], group="rows", methods=given["methods"],
-                                state_tag=given["state_tag"], false_alarms_per_day=given["false_alarms_per_day"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else "params"
-        raise ConfigError("fit cannot use this parameter", key=key, value=first["input"], expected=first["msg"],
-                          next_step="correct it in params") from None
+    monitor = monitor_of(name=given["name"], group="rows", methods=given["methods"], state_tag=given["state_tag"],
+                         false_alarms_per_day=given["false_alarms_per_day"])
     methods = methods_of(monitor, Registry(), Path("params"))
     model, report = fit_monitor(
         given["name"], record, methods, state_tag=given["state_tag"],
