@@ -156,6 +156,7 @@ class Desk:
         return Feedback(entry.label, start, end, entry.who, entry.at_ns, entry.event_no or 0, entry.comment)
 
     def _event(self, monitor: str, number: int) -> Event:
+        self.store.flush()  # an alert of this moment may still be on its way to the disk
         found = [e for e in self.store.events(monitor) if number in (0, e.event_no)]
         if not found:
             raise RecordError(f"there is no alert {number}" if number else "there was no alert yet",
