@@ -175,14 +175,14 @@ def _show_fit(fitted: Fitted) -> None:
 def _merged(found: Sequence[tuple[int, int, float, str]]) -> list[tuple[int, int, str]]:
     """Return (from_ns, to_ns, why) in order of time; what several methods see at one time is one stretch."""
     merged: list[tuple[int, int, dict[str, float]]] = []
-    for start, end, times, group in sorted(found):
+    for start, end, height, view in sorted(found):
         if merged and start <= merged[-1][1]:
             first, last, why = merged.pop()
-            merged.append((first, max(last, end), why | {group: max(times, why.get(group, 0.0))}))
+            merged.append((first, max(last, end), why | {view: max(height, why.get(view, 0.0))}))
         else:
-            merged.append((start, end, {group: times}))
-    return [(start, end, ", ".join(f"{group}: {times:.1f} times the usual level" for group, times in why.items()))
-            for start, end, why in merged]
+            merged.append((start, end, {view: height}))
+    return [(start, end, ", ".join(f"{view}: {height:.1f} healthy spreads above the usual"
+                                   for view, height in why.items())) for start, end, why in merged]
 
 
 def replay(
