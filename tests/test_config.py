@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from opcua_detector.api import TagKind
-from opcua_detector.config import Config, _with_unit, duration_ns, json_schema, load, parse
+from opcua_detector.config import Config, duration_ns, json_schema, load, parse, with_unit
 from opcua_detector.errors import ConfigError
 from opcua_detector.nodes import SIGNALS
 
@@ -446,7 +446,7 @@ def test_every_default_that_the_schema_shows_can_be_typed_as_it_stands():
 
 def test_a_quantity_is_shown_in_its_largest_whole_unit():
     units = {"ms": 10**6, "s": 10**9, "min": 60 * 10**9}
-    assert [_with_unit(x, units) for x in (5 * 10**8, 9 * 10**10, 12 * 10**10, 0)] == ["500 ms", "90 s", "2 min", "0 s"]
+    assert [with_unit(x, units) for x in (5 * 10**8, 9 * 10**10, 12 * 10**10, 0)] == ["500 ms", "90 s", "2 min", "0 s"]
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda p: p.name)
