@@ -64,6 +64,16 @@ plugins: [own/plugins]
 
 # (name, line of GOOD to replace, its replacement, key, value as shown, part of what was expected)
 BAD = [
+    ("misspelt key of the feedback", "    severity: 700", "    feedback: {expire: 3 d}", "monitors[0].feedback.expire",
+     "'3 d'", "expires"),
+    ("feedback in a mode that is none", "    severity: 700", "    feedback: {mode: free}", "monitors[0].feedback.mode",
+     "'free'", "'bounded'"),
+    ("range protected from feedback of an unknown tag", "    severity: 700", "    feedback: {protected: {w: [0, 1]}}",
+     "monitors[0].feedback.protected.w", "'w'", "one of theta, u, mode"),
+    ("range protected from feedback the wrong way round", "    severity: 700",
+     "    feedback: {protected: {u: [1, 0]}}", "monitors[0].feedback.protected.u", "", "low < high"),
+    ("expiry of feedback in a thousand years", "    severity: 700", "    feedback: {expires: 365000 d}",
+     "monitors[0].feedback.expires", "", "3650 d"),
     ("misspelt key of a server", "    timeout: 4 s", "    timeut: 4 s", "servers[0].timeut", "'4 s'", "timeout"),
     ("misspelt key of a tag", "        decimals: 1", "        decimal: 1", "groups[0].tags[1].decimal", "1",
      "decimals"),
@@ -422,7 +432,7 @@ def test_the_schema_accepts_what_the_config_accepts(text):
 
 BEYOND_A_SCHEMA = ("group of", "monitor of", "unknown state", "outputs on", "unknown signal", "node", "base", "signals",
                    "tag named", "range", "policy None", "no certificate", "user without", "period too short",
-                   "endpoint of")
+                   "endpoint of", "range protected", "expiry of")
 
 
 @pytest.mark.parametrize("case", [c for c in BAD if not c[0].startswith(BEYOND_A_SCHEMA)], ids=lambda c: c[0])

@@ -75,6 +75,44 @@ class CycleConfig(Section):
         return self
 
 
+def _mode(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+class FeedbackConfig(Section):
+    """How far an operator's word may change a monitor (`opcua_detector.feedback.Policy`).
+
+    mode : "bounded": within all limits, provisional until confirmed; "paper": at once and for good; "off": what is
+        said is kept for evaluation and changes nothing
+    expires : time after which an adaptation that nobody confirmed reverts
+    beyond : no value further than this beyond the healthy range of its tag is taken in, no distance from what the
+        other tags say that is larger; parts of the tag's healthy span
+    protected : tag -> [low, high] in its unit: no value outside is taken in, whatever the healthy range is
+    budget_factor : a missed alert may lower a limit while at most so many times the alarm budget is forecast
+    """
+
+    mode: Annotated[Literal["bounded", "paper", "off"], BeforeValidator(_mode)] = "bounded"
+    expires: DurationNs = 7 * UNITS_NS["d"]
+    beyond: float = Field(default=0.2, ge=0, le=0.3)
+    protected: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    budget_factor: float = Field(default=3.0, ge=1, le=100)
+
+    @field_validator("expires")
+    @classmethod
+    def _expires(cls, value: int) -> int:
+        if not 0 < value <= 3650 * UNITS_NS["d"]:
+            raise ValueError("more than '0 s' and at most '3650 d'")
+        return value
+
+    @model_validator(mode="after")
+    def _ranges(self) -> FeedbackConfig:
+        for tag, (low, high) in self.protected.items():
+            if not low < high:
+                raise Wrong("[low, high] with low < high", ("protected", tag), [low, high])
+        return self
+
+
 class MonitorConfig(Section):
     """A set of tags -> methods -> channels -> one fused score."""
 
@@ -93,6 +131,7 @@ class MonitorConfig(Section):
     off_delay: DurationNs = 500 * 10**6
     severity: int = Field(default=500, ge=1, le=1000)
     model: Path | None = None
+    feedback: FeedbackConfig = FeedbackConfig()
     outputs: OutputsConfig | None = None
 
     @field_validator("methods", mode="before")

@@ -68,6 +68,8 @@ class Config(Section):
                     if key in monitor.model_fields_set:
                         raise Wrong(f"no key '{key}' beside 'cycle': parts are judged as a whole, by their own method",
                                      ("monitors", i, key))
+            for name in monitor.feedback.protected:
+                known(name, tags_of[monitor.group], ("monitors", i, "feedback", "protected", name))
             if monitor.outputs:
                 known(monitor.outputs.server, servers, ("monitors", i, "outputs", "server"))
         return self
