@@ -14,17 +14,28 @@ from .units import DurationNs, Name, Section, Wrong
 
 
 class ServerConfig(Section):
-    """One OPC UA server and how to log in."""
+    """One OPC UA server and how to log in.
+
+    server_certificate : pinned, in place of the trust list `<pki>/trusted`
+    expected_host : host name or address that the server's certificate must carry, where a gateway makes the endpoint
+        another one
+    require_crl : refuse a certificate signed by a CA of which no current CRL lies in `<pki>/crl`
+    """
 
     name: Name
     endpoint: str
-    policy: Literal["None", "Basic256Sha256"] = "Basic256Sha256"
+    policy: Literal["None", "Basic256Sha256", "Aes128Sha256RsaOaep", "Aes256Sha256RsaPss"] = "Basic256Sha256"
     mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
     insecure: bool = False
     user: str = ""
     password_env: str = Field(default="", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")
     password_file: Path | None = None
+    user_certificate: Path | None = None
+    user_key: Path | None = None
+    user_key_password_env: str = Field(default="", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")
     server_certificate: Path | None = None
+    expected_host: str = Field(default="", pattern=r"^\S*$")
+    require_crl: bool = False
     pki: Path = Path("pki")
     timeout: DurationNs = 4 * 10**9
 
@@ -39,31 +50,55 @@ class ServerConfig(Section):
     def _secure(self) -> ServerConfig:
         if self.policy == "None" and not self.insecure:
             raise Wrong("policy Basic256Sha256, or 'insecure: true' typed beside 'policy: None'", ("policy",), "None")
-        if self.policy != "None" and self.server_certificate is None and not self.insecure:
-            raise Wrong("the file of the certificate this client trusts, or 'insecure: true'", ("server_certificate",))
         if self.user and self.policy == "None":
             raise Wrong("a policy other than None beside a user name: a password never travels in clear",
                          ("policy",), "None")
         if self.user and not (self.password_env or self.password_file):
             raise Wrong("password_env (a variable's name) or password_file beside it; never the password itself",
                          ("user",), self.user)
+        if self.password_env and self.password_file:
+            raise Wrong("password_env or password_file, not both", ("password_file",))
+        if (self.user_certificate is None) != (self.user_key is None):
+            raise Wrong("user_certificate and user_key side by side", ("user_certificate",))
+        if self.user and self.user_certificate is not None:
+            raise Wrong("either a user name or a user_certificate, not both", ("user",), self.user)
+        if self.user_certificate is not None and self.policy == "None":
+            raise Wrong("a policy other than None beside user_certificate: its signature could be taken over",
+                        ("policy",), "None")
         return self
 
     def password(self) -> str:
         """Return the password from its variable or file; ConfigError where it is not there."""
+        return self._secret("password_env", self.password_env, "password_file", self.password_file)
+
+    def user_key_password(self) -> str | None:
+        """Return the pass phrase of `user_key`, or None where it has none."""
+        return self._secret("user_key_password_env", self.user_key_password_env, "", None) \
+            if self.user_key_password_env else None
+
+    def _secret(self, env_key: str, variable: str, file_key: str, file: Path | None) -> str:
+        """Return a secret from its variable or its 0600 file; no error ever carries any part of it."""
         key = f"servers.{self.name}"
-        if self.password_env:
-            if self.password_env not in os.environ:
-                raise ConfigError("the variable with the password is not set", key=f"{key}.password_env",
-                                  value=self.password_env, next_step=f"set {self.password_env} in the environment")
-            return os.environ[self.password_env]
-        assert self.password_file is not None
+        if variable:
+            if not os.environ.get(variable):
+                raise ConfigError("the variable with the password is not set", key=f"{key}.{env_key}",
+                                  value=variable, next_step=f"set {variable} in the environment")
+            return os.environ[variable]
+        assert file is not None
         try:
-            if os.name == "posix" and self.password_file.stat().st_mode & 0o077:
-                raise ConfigError("the password file is readable by others", key=f"{key}.password_file",
-                                  value=str(self.password_file), expected="mode 0600",
-                                  next_step=f"chmod 600 {self.password_file}")
-            return self.password_file.read_text(encoding="utf-8").strip()
+            with file.open("rb") as opened:
+                if os.name == "posix" and os.fstat(opened.fileno()).st_mode & 0o077:
+                    raise ConfigError("the password file is readable by others", key=f"{key}.{file_key}",
+                                      value=str(file), expected="mode 0600", next_step=f"chmod 600 {file}")
+                raw = opened.read(65_536)
         except OSError as error:
-            raise ConfigError("the password file cannot be read", key=f"{key}.password_file",
-                              value=str(self.password_file), next_step=f"check the path: {error}") from error
+            raise ConfigError("the password file cannot be read", key=f"{key}.{file_key}", value=str(file),
+                              next_step=f"check the path: {error.strerror}") from error
+        try:
+            text = raw.decode("utf-8").strip("\r\n")
+        except UnicodeDecodeError:
+            text = ""
+        if not text:
+            raise ConfigError("the password file is empty or no UTF-8 text", key=f"{key}.{file_key}",
+                              value=str(file), next_step="write the password into it, nothing else") from None
+        return text

@@ -13,6 +13,7 @@ from .groups import GroupConfig
 from .monitors import MonitorConfig
 from .problems import config_error, no_duplicate_keys, yaml_error
 from .servers import ServerConfig
+from .telemetry import LogConfig, MetricsConfig
 from .units import UNITS_BYTES, UNITS_NS, Bytes, DurationNs, Section, Wrong, known, unique, with_unit
 
 
@@ -35,6 +36,8 @@ class Config(Section):
     monitors: tuple[MonitorConfig, ...] = ()
     operator_alarms_per_week: float | None = Field(default=None, gt=0, le=604800)
     store: StoreConfig = StoreConfig()
+    metrics: MetricsConfig | None = None
+    log: LogConfig = LogConfig()
     plugins: tuple[Path, ...] = ()
 
     @model_validator(mode="after")
@@ -176,10 +179,12 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     return config.model_copy(update={
         "servers": tuple(s.model_copy(update={
             "password_file": at(s.password_file), "server_certificate": at(s.server_certificate),
+            "user_certificate": at(s.user_certificate), "user_key": at(s.user_key),
             "pki": at(s.pki)}) for s in config.servers),
         "monitors": tuple(m.model_copy(update={"model": at(m.model), "methods": tuple(
             _method_paths(item, folder) for item in m.methods)}) for m in config.monitors),
         "store": config.store.model_copy(update={"path": at(config.store.path)}),
+        "log": config.log.model_copy(update={"file": at(config.log.file)}),
         "plugins": tuple(folder / p for p in config.plugins),
     })
 
