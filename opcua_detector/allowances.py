@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 from .api import Float64, Int64, Record, UInt8
 from .calibration import Calibration
+from .detectors.regression_signed import SignedRegression
+from .errors import ModelFileError
 from .kernels.allowance import GROUP, HEADER, allow_rows
 from .kernels.score import ENERGY_CAP, LEAST, SQUARE, SURPRISE, SURPRISE_CAP, soft
 from .model import NormalityModel
 
 CALM: Final = (0.45, 0.75)  # parts of the limit, between which what is excused stands
+REGRESSION: Final = "regression"
 BALLS: Final = "balls"
-"""Key of a delta with allowances: {"columns", "ages", "channels"}; its array `<id>/balls` is float64[E, 1 + K + M]."""
+"""Key of a delta with allowances: {"columns", "ages", "channels"}; its array `<id>/balls`: float64[E, 1 + K + 2 M]."""
 
 
 def calm_residual(calibration: Calibration, part: float) -> Float64:
@@ -102,7 +105,8 @@ class Scale:
 class Allowances:
     """The allowances of one model; holds the memory of a stream.
 
-    groups : (about, balls), about as under `BALLS`, balls float64[E, 1 + K + M]: radius, centre, allowance
+    groups : (about, balls), about as under `BALLS`, balls float64[E, 1 + K + 2 M]: radius, centre, least and most of
+        each residual with its direction
     """
 
     def __init__(self, model: NormalityModel, groups: Sequence[tuple[Mapping[str, Any], Float64]]) -> None:
@@ -118,7 +122,7 @@ class Allowances:
         for about, balls in groups:
             keys, own = len(about["columns"]), len(about["channels"])
             head = np.array([balls.shape[0], keys, own, at])
-            assert len(head) == GROUP and balls.shape[1] == 1 + keys + own
+            assert len(head) == GROUP
             ints += [head, np.array(about["columns"]), np.array(about["ages"]), np.array(about["channels"])]
             floats.append(balls.ravel())
             at += balls.size
@@ -128,30 +132,71 @@ class Allowances:
         self._memory = np.full(n_channels + most_keys + length * n_columns, np.nan)
         self._cursor = np.zeros(2, np.int64)
         self._gap, self._state = np.zeros(1, np.uint8), np.zeros(1, np.int64)
+        self._signed = np.empty(n_channels)
+        excused = {channel for about, _ in groups for channel in about["channels"]}
+        self._directed = [(own, method) for own, method in directed_methods(model)
+                          if not excused.isdisjoint(range(own.start, own.stop))]
         assert len(ints[0]) == HEADER
 
     @classmethod
     def of(cls, model: NormalityModel) -> Allowances | None:
-        """Return the allowances of a model, None where it has none."""
+        """Return the allowances of a model, None where it has none.
+
+        Raises
+        ------
+        ModelFileError
+            The model holds feedback of an earlier version, which kept no directions.
+        """
         groups = [(delta[BALLS], model.adapted[f"{delta['id']}/{BALLS}"]) for delta in model.deltas if BALLS in delta]
+        for about, balls in groups:
+            if balls.shape[1] != 1 + len(about["columns"]) + 2 * len(about["channels"]):
+                raise ModelFileError("the model holds operator feedback of an earlier version",
+                                     where=f"monitor {model.monitor}", next_step="fit the monitor again")
         return cls(model, groups) if groups else None
 
     def reset(self) -> None:
         """Forget all rows (after a gap)."""
         self._cursor[1] = 0
+        for _, method in self._directed:
+            method.reset()
 
     def step(self, values: Float64, valid: UInt8, gap: bool, state: int, residual: Float64) -> None:
         """Take one row of columns, float64[n_columns]; lower `residual` float64[n_channels] in place."""
         self._gap[0], self._state[0] = gap, state
-        allow_rows(values, valid, self._gap, self._state, residual, self._ints, self._floats, self._calm, self._memory,
-                   self._cursor)
+        self._signed[:] = residual
+        for own, method in self._directed:
+            method.update(values, valid)
+            self._signed[own] = method.residual
+        allow_rows(values, valid, self._gap, self._state, self._signed, residual, self._ints, self._floats, self._calm,
+                   self._memory, self._cursor)
 
-    def rows(self, columns: Record, state: Int64, residual: Float64) -> Float64:
-        """Return float64[n, n_channels]: what `step` makes of a whole record of columns; the stream is not touched."""
+    def rows(self, columns: Record, state: Int64, residual: Float64, signed: Float64 | None = None) -> Float64:
+        """Return float64[n, n_channels]: what `step` makes of a whole record of columns; the stream is not touched.
+
+        signed : float64[n, n_channels]; the residuals with their direction, where they are known already
+        """
         out = np.array(residual, dtype=np.float64, order="C")
+        if signed is None:
+            signed = out.copy()
+            for own, method in self._directed:
+                signed[:, own] = method.residuals(columns)
         allow_rows(
             np.require(columns.values, np.float64, ["C", "W"]).ravel(),
             np.require(columns.valid, np.uint8, ["C", "W"]).ravel(), np.require(columns.gap, np.uint8, ["C", "W"]),
-            np.require(state, np.int64, ["C", "W"]), out.ravel(), self._ints, self._floats, self._calm,
-            np.full_like(self._memory, np.nan), np.zeros_like(self._cursor))
+            np.require(state, np.int64, ["C", "W"]), np.require(signed, np.float64, ["C", "W"]).ravel(), out.ravel(),
+            self._ints, self._floats, self._calm, np.full_like(self._memory, np.nan), np.zeros_like(self._cursor))
         return out
+
+
+def directed_methods(model: NormalityModel) -> list[tuple[slice, SignedRegression]]:
+    """Return (its channels, method) of each method of a model whose residuals have a direction."""
+    found: list[tuple[slice, SignedRegression]] = []
+    channels, first = model.calibration.channels, 0
+    for one in model.methods:
+        if one.plugin == REGRESSION:
+            method = SignedRegression(one, model.plan.columns)
+            n = len(method.channels)
+            first = next(at for at in range(first, len(channels)) if channels[at:at + n] == method.channels)
+            found.append((slice(first, first + n), method))
+            first += n
+    return found

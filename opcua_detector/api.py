@@ -263,6 +263,25 @@ class Verdict:
     cleared: bool = False  # the alert ended with this row
 
 
+@dataclass(frozen=True, slots=True)
+class PartVerdict:
+    """What a monitor of a cyclic process says of one whole part.
+
+    number : of the part; begin_ns, end_ns : SourceTimestamps of its first and last row
+    score : 1.0 = the limit; NaN where it could not be judged, and `unjudged` says why
+    top_tag, phase, sentence : of a bad part: the tag, from where to where in % of the cycle (NaN: all of it), and why
+    """
+
+    number: int
+    begin_ns: int
+    end_ns: int
+    score: float
+    top_tag: str = ""
+    phase: tuple[float, float] = (float("nan"), float("nan"))
+    sentence: str = ""
+    unjudged: str = ""
+
+
 @dataclass(frozen=True)
 class MethodModel:
     """What a plugin has learnt: plain arrays and a JSON-able header, nothing executable.

@@ -6,19 +6,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from .api import Plugin, Record, Tag
 from .config import Config, GroupConfig, MonitorConfig
-from .engine import AlertSettings, Monitor
+from .engine import AlertSettings, Monitor, RowMonitor
 from .errors import ConfigError, ModelTagsError, PluginError, RecordError
 from .fitting import FitReport, fit_monitor
 from .model import NormalityModel
 from .model import load as load_model
-from .parts import Cycle, PartMonitor, is_part_model
-from .parts_fit import fit_parts
+from .parts import Cycle, PartMonitor, fit_parts, is_part_model
 from .registry import Registry
 from .store import AuditEntry, Store
 
@@ -106,7 +105,7 @@ def setup_of(monitor: MonitorConfig, group: GroupConfig) -> dict[str, Any]:
     }
     cycle = cycle_of(monitor)
     if cycle is not None:
-        for key in ("methods", "windows_ns", "state_tag", "settling_ns", "maintenance"):
+        for key in ("methods", "windows_ns", "state_tag", "settling_ns"):
             del setup[key]
         setup["cycle"] = asdict(cycle)
     return setup
@@ -228,10 +227,10 @@ def open_monitor(
     alert = AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity, monitor.settling or 0,
                           monitor.inhibit, monitor.maintenance)
     if is_part_model(model):
-        return cast(Monitor, PartMonitor(monitor.name, model, tags, alert))  # the same attributes and methods
+        return PartMonitor(monitor.name, model, tags, alert)
     columns = model.plan.columns
     methods = [registry.get(m.plugin).open(m, columns) for m in model.methods]
-    return Monitor(monitor.name, model, methods, tags, alert)
+    return RowMonitor(monitor.name, model, methods, tags, alert)
 
 
 def open_monitors(config: Config, config_file: Path, *, only: Sequence[str] = ()) -> dict[str, list[Monitor]]:

@@ -35,7 +35,7 @@ from .kernels.score import (
     soft,
     transform_rows,
 )
-from .limits import MIN_CLUSTERS, tail_limit
+from .limits import CLUSTER_QUANTILE, MIN_CLUSTERS, tail_limit
 from .views import ERROR_KINDS, FIXED_KINDS, PREDICTED, Part, View, choose_windows, compose, is_nonlinear
 
 FOLDS = 5
@@ -49,6 +49,9 @@ LEAST_SCALE = 1e-9
 KINDS = {"trans": 0, "bound": 1, "conf": 2}
 DAY_S = 86400.0
 UNSUPPORTED = 1e6  # healthy spreads; limit of a view that the record cannot support
+ENOUGH_ALARMS = 10.0  # that the budget allows in the record: their number is known within a factor of two
+ONE_ALERT_S = 0.5  # alarms closer than that are one
+MOST_CORRECTION = (0.5, 2.0)  # of the limits, to the budget
 LEADING_SHARE = 0.5  # of the alarm budget; the views beside share the rest
 # A method that learns from this record alone is surprised by any healthy movement that the record happens not to
 # hold, for as long as the movement lasts, and no record tells how often that will be. Beside a predictor, or a method
@@ -101,9 +104,9 @@ class Calibration:
         """Whether a view adds logarithms of its terms: those of squares, a surprise is a logarithm already."""
         return bool((self.transform[[c for group in view.groups for c in group]] == SQUARE).any())
 
-    def scorer(self) -> Scorer:
-        """Return the streaming form."""
-        return Scorer(self)
+    def scorer(self, tag: Int64 | None = None, n_tags: int = 0) -> Scorer:
+        """Return the streaming form; tag int64[n_channels], n_tags: see `Scorer`."""
+        return Scorer(self, tag, n_tags)
 
     def score_rows(self, residual: Float64, gap: UInt8, state: Int64) -> Float64:
         """Return outs float64[n, 6] (layout: `kernels.score`) for a record of residuals."""
@@ -111,9 +114,21 @@ class Calibration:
 
 
 class Scorer:
-    """Streaming form of a `Calibration`; `out` is laid out as in `kernels.score`."""
+    """Streaming form of a `Calibration`.
 
-    def __init__(self, calibration: Calibration) -> None:
+    Parameters
+    ----------
+    tag : int64[n_channels]; index of the tag that each channel speaks of, below n_tags; by default each of its own
+
+    Attributes
+    ----------
+    out : float64[6], laid out as in `kernels.score`
+    means : float64[n_channels]; mean residual over the last rows, NaN where nothing is known
+    shares : float64[n_tags]; part of each tag in what makes the score, sums to 1; all 0 while nothing does. Both are
+        written by each `step`
+    """
+
+    def __init__(self, calibration: Calibration, tag: Int64 | None = None, n_tags: int = 0) -> None:
         c = calibration
         self.calibration = c
         n, n_windows, n_views = len(c.channels), len(c.windows), len(c.views)
@@ -123,30 +138,25 @@ class Scorer:
         last = np.cumsum([len(group) for group, _ in terms])
         first = last - [len(group) for group, _ in terms]
         view_first = np.cumsum([0, *(len(view.terms) for view in c.views)])
-        head = [n, n_windows, len(terms), n_views, c.used.shape[1], c.grid.shape[2], length, self._report]
+        owner = np.arange(n) if tag is None else tag
+        n_tags = n_tags or n
+        head = [n, n_windows, len(terms), n_views, c.used.shape[1], c.grid.shape[2], length, self._report, n_tags]
         assert len(head) == HEADER
         self._ints = np.concatenate([
             head, c.transform, c.slot, [KINDS.get(channel.kind, 9) for channel in c.channels], c.windows, first, last,
             [w for _, w in terms], view_first, [_ROLES[view.role] for view in c.views],
-            [int(c.in_logs(view)) for view in c.views],
+            [int(c.in_logs(view)) for view in c.views], owner,
             np.array([m for group, _ in terms for m in group])]).astype(np.int64)
         self._tables = self._pack_tables()
         self._ring = np.empty(length * n)
         self._raw = np.empty(self._report * n)
-        wc = n_windows * n
-        self._memory = np.zeros(3 * wc + 5 * n + len(terms) + n_views)
-        self._sums = self._memory[:wc].reshape(n_windows, n)
-        self._counts = self._memory[wc:2 * wc].reshape(n_windows, n)
-        self._raw_sum, self._raw_count = self._memory[3 * wc:3 * wc + 2 * n].reshape(2, n)
+        told = 3 * n_windows * n + 5 * n + len(terms) + n_views
+        self._memory = np.zeros(told + 2 * n + n_tags)
+        self.means, self.shares = self._memory[told:told + n], self._memory[told + n:told + n + n_tags]
         self._cursor = np.zeros(3, np.int64)
         self._floor = c.floor if len(c.floor) and c.floor.max() > LEAST_SCALE else None
         self._floored = np.empty(n)
         self.out = np.full(OUT, np.nan)
-        # Which channels speak for a view, and over which windows, when tags are to be named.
-        self._speaks = np.zeros((n_views, n_windows, n))
-        for v, view in enumerate(c.views):
-            for group, w in view.terms:
-                self._speaks[v, w, list(group)] = 1.0
 
     def _pack_tables(self) -> Float64:
         c = self.calibration
@@ -164,8 +174,16 @@ class Scorer:
         forget(self._ints, self._cursor)
         self.out[SCORE] = np.nan
 
+    def forget_told(self) -> None:
+        """Say nothing in `means` and `shares` until the next row."""
+        self.means.fill(np.nan)
+        self.shares.fill(0.0)
+
     def step(self, residual: Float64, state: int) -> None:
-        """Take float64[n_channels]; write `out`. `state` is an index into `states`, -1 = not learnt."""
+        """Take float64[n_channels]; write `out`, `means` and `shares`.
+
+        state : index into the calibration's `states`, -1 = not learnt
+        """
         if self._floor is not None:
             residual = np.maximum(residual, self._floor, out=self._floored)
         score_step(residual, state, self._ints, self._tables, self._ring, self._raw, self._memory, self._cursor,
@@ -194,27 +212,6 @@ class Scorer:
         transform_rows(residual, np.ascontiguousarray(state, np.int64), self._ints, self._tables, out)
         return out
 
-    def window_means(self, into: Float64) -> None:
-        """Write the mean residual over the last rows into float64[n_channels]; NaN where nothing is known."""
-        counted = self._raw_count
-        np.divide(self._raw_sum, counted, out=into, where=counted > 0)
-        into[counted <= 0] = np.nan
-
-    def channel_shares(self, state: int) -> Float64:
-        """Return float64[n_channels]: weight of each channel of the leading view, by excess over its healthy level.
-
-        Energy is capped, so it is weighted by the plain residual in healthy units: among channels that are all off
-        the scale the one that is furthest off leads.
-        """
-        lead = int(self.out[1])
-        if lead < 0 or state < 0:
-            return np.zeros(len(self.calibration.channels))
-        c = self.calibration
-        mean = self._sums / np.maximum(self._counts, 1.0)
-        excess = (np.maximum(mean - c.usual[state], 0.0) * self._speaks[lead]).sum(axis=0)
-        residual = np.maximum(self._raw_sum, 0.0) / np.maximum(self._raw_count, 1.0)
-        return np.asarray(excess * (1.0 + residual / c.scale[state]))
-
 
 def held_out_residuals(
     plugin: Plugin, record: Record, params: Any, full: Float64, channels: Sequence[Channel] = (),
@@ -224,16 +221,19 @@ def held_out_residuals(
     `full` : float64[n, n_channels]; residuals of the model fitted on everything. A plugin that does not learn
     gives those at once, since it has seen none of the record. `channels` : those of `full`; a channel that a fold
     does not have (a tag that stood still in the other folds) is NaN there.
+
+    A plugin that spends time on what no residual hangs on may have a `fit_fold(record, params)`, which leaves it out.
     """
     if not plugin.learns:
         return full
+    learn = getattr(plugin, "fit_fold", plugin.fit)
     n = len(record)
     bounds = np.linspace(0, n, FOLDS + 1).astype(np.int64)
     out = np.full_like(full, np.nan)
     rows = np.arange(n)
     for start, stop in pairwise(bounds):
         rest = np.concatenate([rows[:start], rows[stop:]])
-        method = plugin.open(plugin.fit(record.take(rest), params), record.tags)
+        method = plugin.open(learn(record.take(rest), params), record.tags)
         # Some rows before the fold warm the method up, so that the fold itself is judged whole.
         early = max(0, start - method.memory - method.lag)
         fold = method.residuals(record.rows(int(early), int(stop)))[start - early:]
@@ -302,8 +302,9 @@ def calibrate(
         np.ones((n_states, len(views))), floor=np.zeros(n_channels) if floor is None else floor)
     usual = _usual(plain, held_out, state)
     plain = dataclasses.replace(plain, usual=usual)
-    plain = _standardised(plain, held_out, gap, state)
-    return _limited(plain, parts, held_out, gap, state, period_s, false_alarms_per_day, learnt_here)
+    _, stats, _ = plain.scorer().rows(held_out, gap, state, details=True)
+    plain = _standardised(plain, stats, state)
+    return _limited(plain, parts, view_values(plain, stats, state), state, period_s, false_alarms_per_day, learnt_here)
 
 
 def _transform(part: Part, channel: Channel, nonlinear: bool) -> int:
@@ -344,12 +345,12 @@ def _usual(plain: Calibration, held_out: Float64, state: Int64) -> Float64:
     return usual
 
 
-def _standardised(plain: Calibration, held_out: Float64, gap: UInt8, state: Int64) -> Calibration:
-    """Set weight and offset, so that each view has healthy median 0 and spread 1 (84 % quantile less median)."""
-    _, stats, _ = plain.scorer().rows(held_out, gap, state, details=True)
+def _standardised(plain: Calibration, stats: Float64, state: Int64) -> Calibration:
+    """Set weight and offset, so that each view has healthy median 0 and spread 1 (84 % quantile less median).
+
+    stats : float64[n, n_terms]; see `Scorer.rows`
+    """
     weight, offset = plain.weight.copy(), plain.offset.copy()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        logs = np.log(stats + LEAST)
     at = 0
     for v, view in enumerate(plain.views):
         own = slice(at, at + len(view.terms))
@@ -357,11 +358,11 @@ def _standardised(plain: Calibration, held_out: Float64, gap: UInt8, state: Int6
         if view.role == "fixed":
             continue
         for s in range(len(plain.states)):
-            rows = (logs if plain.in_logs(view) else stats)[state == s, own]
+            rows = stats[state == s, own]
             rows = rows[~np.isnan(rows).any(axis=1)]
             if len(rows) == 0:
                 continue
-            together = rows.sum(axis=1)
+            together = (np.log(rows + LEAST) if plain.in_logs(view) else rows).sum(axis=1)
             centre, top = np.quantile(together, [0.5, 0.84])
             spread = max(float(top - centre), MIN_SPREAD * len(view.terms))
             weight[s, own] = 1.0 / spread
@@ -369,12 +370,58 @@ def _standardised(plain: Calibration, held_out: Float64, gap: UInt8, state: Int6
     return dataclasses.replace(plain, weight=weight, offset=offset)
 
 
+def _to_the_budget(
+    plain: Calibration, limit: Float64, values: Float64, state: Int64, expected: float, period_s: float,
+) -> Float64:
+    """Return float64[n_views]: factors by which the limits give just the expected number of alarms on the record.
+
+    The views share the budget without knowing when another one alarms, and a tail that ends (a plant without noise)
+    ends before the exponential one: on 12 h of the simulated plants the limits let through .2 to .5 of the budget.
+    """
+    ours = np.array([view.role in ("leading", "beside") for view in plain.views])
+    highest = np.full(len(values), -np.inf)
+    for v in np.flatnonzero(ours):
+        np.fmax(highest, values[:, v] / limit[np.maximum(state, 0), v], out=highest)
+    highest[state < 0] = -np.inf
+    above = np.flatnonzero(highest > np.quantile(highest[state >= 0], CLUSTER_QUANTILE))
+    starts = np.append(0, np.flatnonzero(np.diff(above) * period_s > ONE_ALERT_S) + 1)
+    peaks = np.sort(np.maximum.reduceat(highest[above], starts)) if len(above) else np.zeros(0)
+    k = round(expected)
+    if len(peaks) <= k:
+        return np.ones(len(ours))
+    return np.where(ours, np.clip(peaks[-k - 1], *MOST_CORRECTION), 1.0)
+
+
+def view_values(calibration: Calibration, stats: Float64, state: Int64) -> Float64:
+    """Return float64[n, n_views]: what `Scorer.rows` gives beside its terms, from these (to rounding).
+
+    Terms hang on no weight, so a fit that sets the weights by them need not run through the record again.
+
+    stats : float64[n, n_terms]; state : int64[n]
+    """
+    c = calibration
+    values = np.full((len(stats), len(c.views)), np.nan)
+    at = 0
+    for v, view in enumerate(c.views):
+        own = slice(at, at + len(view.terms))
+        at += len(view.terms)
+        for s in range(len(c.states)):
+            here = state == s
+            terms = stats[here, own]
+            if view.role == "fixed":
+                values[here, v] = terms.sum(axis=1)
+            elif c.in_logs(view):
+                values[here, v] = c.weight[s, own.start] * np.log((terms + LEAST).prod(axis=1)) - c.offset[s, v]
+            else:
+                values[here, v] = terms @ c.weight[s, own] - c.offset[s, v]
+    return values
+
+
 def _limited(
-    plain: Calibration, parts: Sequence[Part], held_out: Float64, gap: UInt8, state: Int64, period_s: float,
-    per_day: float, learnt_here: Sequence[str],
+    plain: Calibration, parts: Sequence[Part], values: Float64, state: Int64, period_s: float, per_day: float,
+    learnt_here: Sequence[str],
 ) -> Calibration:
-    """Set the limit of each view from the alarm budget."""
-    _, _, values = plain.scorer().rows(held_out, gap, state, details=True)
+    """Set the limit of each view from the alarm budget; values float64[n, n_views], held out."""
     rate = per_day / DAY_S * period_s
     leading = sum(view.role == "leading" for view in plain.views)
     beside = sum(view.role == "beside" for view in plain.views)
@@ -407,9 +454,17 @@ def _limited(
                 short.add(longest)
                 if view.role == "beside":  # so many views on so few independent windows: one of them would always alarm
                     limit[s, v] = UNSUPPORTED
-    hours = len(held_out) * period_s / 3600
-    of = ", ".join(map(str, sorted(short)))
-    notes = (f"the healthy record ({hours:.2f} h) has too few peaks over windows of {of} rows to support "
-             f"{per_day:g} false alarms a day; their limits stand above all that was seen",
-             ) if short else ()
+    hours = len(values) * period_s / 3600
+    expected = rate * len(values)
+    notes: tuple[str, ...] = ()
+    if short:
+        of = ", ".join(map(str, sorted(short)))
+        notes = (f"the healthy record ({hours:.2f} h) has too few peaks over windows of {of} rows to support "
+                 f"{per_day:g} false alarms a day; their limits stand above all that was seen",)
+    elif expected < ENOUGH_ALARMS:
+        notes = (f"the healthy record ({hours:.2f} h) is too short to show that {per_day:g} false alarms a day are "
+                 f"kept: the limit is a careful guess beyond it, and "
+                 f"{hours * ENOUGH_ALARMS / expected:.3g} h of record would show it",)
+    else:
+        limit *= _to_the_budget(plain, limit, values, state, expected, period_s)
     return dataclasses.replace(plain, limit=limit, notes=notes)

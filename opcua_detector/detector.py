@@ -24,14 +24,16 @@ from .allowances import Allowances
 from .api import Explanation, Float64, Int64, Method, MethodModel, Record, Tag, TagKind, UInt8, Verdict
 from .app import methods_of, only_nonlinear
 from .config import monitor_of
-from .engine import AlertSettings, Engine, Monitor, frames_of
-from .errors import ConfigError, RecordError
+from .engine import AlertSettings, Engine, RowMonitor, frames_of
+from .errors import ConfigError, ModelFileError, RecordError
 from .feedback import Feedback, Outcome, Policy, give_feedback, undo
+from .feedback.bench import state_rows
 from .fitting import FitReport, fit_monitor
 from .guards import Guards
 from .kernels.score import SCORE, SLOW
 from .model import NormalityModel
 from .model import load as load_model
+from .parts import is_part_model
 from .reasons import CALM_ROWS, Reasons, Rows
 from .registry import Registry
 
@@ -54,6 +56,10 @@ class Detector:
     def __init__(self, normality: NormalityModel, report: FitReport | None = None) -> None:
         self.normality, self.report = normality, report
         self.outcome: Outcome | None = None
+        if is_part_model(normality):
+            raise ModelFileError("the model judges parts of a cyclic process, this judges rows",
+                                 where=f"monitor {normality.monitor}",
+                                 next_step="use the commands `replay` and `run`, or `opcua_detector.parts`")
         registry = Registry()
         columns = normality.plan.columns
         self._plugins = [registry.get(m.plugin) for m in normality.methods]
@@ -99,30 +105,36 @@ class Detector:
         own = self._guards.rows(record.select([tag.name for tag in self.normality.tags]))
         columns = self.normality.plan.prepare(own)
         residual = np.concatenate([method.residuals(columns) for method in self._methods], axis=1)
-        state = self._state(record)
+        state = state_rows(self.normality, record)
         if self._allowances is not None:
             residual = self._allowances.rows(columns, state, residual)
         return self.normality.calibration.score_rows(residual, own.gap, state)
-
-    def _state(self, record: Record) -> Int64:
-        name = self.normality.state_tag
-        if not name:
-            return np.zeros(len(record), np.int64)
-        at = [tag.name for tag in record.tags].index(name)
-        index = {value: i for i, value in enumerate(self.normality.calibration.states)}
-        return np.array([index.get(int(x), -1) if ok else -1
-                         for x, ok in zip(record.values[:, at], record.valid[:, at], strict=True)], np.int64)
 
     def record(self, rows: ArrayLike, times: ArrayLike | None = None, valid: ArrayLike | None = None) -> Record:
         """Return rows as a record of the model's tags."""
         return _record(rows, self.tags, self.normality.period_ns, times, valid)
 
-    def monitor(self, *, on_delay_s: float = 0.0, off_delay_s: float = 0.5) -> Monitor:
+    def _with_interval(self, rows: ArrayLike, start: int, stop: int, times: ArrayLike | None,
+                       valid: ArrayLike | None) -> Record:
+        """Return rows as a record, of which [start, stop) is meant.
+
+        Raises
+        ------
+        RecordError
+            Rows that do not fit the model, or an empty interval.
+        """
+        record = self.record(rows, times, valid)
+        if not 0 <= start < stop <= len(record):
+            raise RecordError(f"interval ({start}, {stop}) is empty or lies outside the {len(record)} rows",
+                              next_step="give a range [start, stop) of the rows")
+        return record
+
+    def monitor(self, *, on_delay_s: float = 0.0, off_delay_s: float = 0.5) -> RowMonitor:
         """Return the streaming form: `monitor.step(frame)` for each row (`opcua_detector.api.Frame`)."""
         columns = self.normality.plan.columns
         methods = [plugin.open(m, columns) for plugin, m in zip(self._plugins, self.normality.methods, strict=True)]
         alert = AlertSettings(int(on_delay_s * NS), int(off_delay_s * NS))
-        return Monitor(self.normality.monitor, self.normality, methods, self.tags, alert)
+        return RowMonitor(self.normality.monitor, self.normality, methods, self.tags, alert)
 
     def verdicts(self, rows: ArrayLike, at: int, *, times: ArrayLike | None = None,
                  valid: ArrayLike | None = None) -> tuple[Verdict, Explanation]:
@@ -161,16 +173,13 @@ class Detector:
         RecordError
             Rows that do not fit the model, or an empty interval.
         """
-        record = self.record(rows, times, valid)
-        if not 0 <= start < stop <= len(record):
-            raise RecordError(f"interval ({start}, {stop}) is empty or lies outside the {len(record)} rows",
-                              next_step="give a range [start, stop) of the rows")
+        record = self._with_interval(rows, start, stop, times, valid)
         part = record.rows(max(0, start - CALM_ROWS), stop)
         # Rows of one stretch only: what lies before the last gap tells nothing about what follows it.
         first = int(np.flatnonzero(part.gap)[-1])
         part = part.rows(first, len(part))
         columns = self.normality.plan.prepare(part.select([tag.name for tag in self.normality.tags]))
-        state = int(self._state(part)[-1])
+        state = int(state_rows(self.normality, part)[-1])
         given = Rows(columns.values, columns.valid, columns.source_ns, state)
         return Reasons(self.normality, self._methods).shares(given, min(stop - start, len(part)))
 
@@ -199,10 +208,7 @@ class Detector:
         RecordError
             Rows that do not fit the model, or an empty interval.
         """
-        record = self.record(rows, times, valid)
-        if not 0 <= start < stop <= len(record):
-            raise RecordError(f"interval ({start}, {stop}) is empty or lies outside the {len(record)} rows",
-                              next_step="give a range [start, stop) of the rows")
+        record = self._with_interval(rows, start, stop, times, valid)
         said = Feedback(label, int(record.source_ns[start]), int(record.source_ns[stop - 1]), who, at_ns)
         outcome = give_feedback(self.normality, record, said, self.open, policy=policy or Policy(),
                                 healthy=None if healthy is None else self.record(healthy))
@@ -290,7 +296,7 @@ def load(path: str | Path) -> Detector:
     Raises
     ------
     ModelFileError
-        Missing, truncated, altered, or of an unknown format.
+        Missing, truncated, altered, of an unknown format, or of a monitor of parts.
     """
     return Detector(load_model(path))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from .api import (
     Frame,
     Int64,
     Method,
+    PartVerdict,
     Record,
     Tag,
     UInt8,
@@ -30,8 +32,9 @@ from .api import (
 )
 from .calibration import REPORT_WINDOW
 from .columns import ColumnPlan
-from .guards import Guards, Pauses
-from .kernels.score import BOUND, CONF, LEAD, SCORE, SLOW, TRANS
+from .guards import Guards, Pauses, masked_words
+from .kernels.masks import all_valid
+from .kernels.score import LEAD
 from .model import NormalityModel
 from .reasons import Reasons, Rows
 
@@ -82,7 +85,74 @@ class Snapshot:
     state: int
 
 
-class Monitor:
+class Reach(Protocol):
+    """What can be known of the way a monitor looks at rows: how many it needs (see `api.Method`)."""
+
+    @property
+    def lag(self) -> int:
+        """Rows by which its verdict trails."""
+        ...
+
+    @property
+    def memory(self) -> int:
+        """Rows needed before the first verdict."""
+        ...
+
+
+class Monitor(Protocol):
+    """A monitor in operation, as engine, service, replay and feedback use it: of rows (`RowMonitor`) or of parts
+    (`parts.PartMonitor`).
+    """
+
+    name: str
+    model: NormalityModel
+    plan: ColumnPlan
+    verdict: Verdict
+
+    @property
+    def methods(self) -> Sequence[Reach]:
+        """How the monitor looks at rows."""
+        ...
+
+    def step(self, frame: Frame) -> Verdict:
+        """Take one row of the group; return the verdict (reused)."""
+        ...
+
+    def ended_part(self) -> PartVerdict | None:
+        """Return the verdict on the part that ended with the last step; None where none did, or rows are judged."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all rows; a standing alert stands."""
+        ...
+
+    def restart(self) -> None:
+        """Forget everything, as after construction; event numbers go on."""
+        ...
+
+    def continue_events(self, last_event_no: int) -> None:
+        """Number the next alert after this one."""
+        ...
+
+    def take_over(self, old: Self) -> None:
+        """Go on where another monitor stands, for a changed model: its alert stands here, and events are numbered on.
+        """
+        ...
+
+    def snapshot(self) -> Any:
+        """Copy what `explain` needs; call it on the loop's thread, right after `step`."""
+        ...
+
+    def explain(self, taken: Any) -> Explanation:
+        """Say why the score is what it is; pure, may run on another thread."""
+        ...
+
+    def cause_text(self, cause: Cause) -> str:
+        """Return the sentence of one cause."""
+        ...
+
+
+class RowMonitor:
     """One monitor: tags -> columns -> methods -> channels -> one fused score -> alert.
 
     Parameters
@@ -108,7 +178,6 @@ class Monitor:
         self._used = at
         self._state_at = names.index(model.state_tag) if model.state_tag else -1
         self._state_index = {value: i for i, value in enumerate(model.calibration.states)}
-        self._scorer = model.calibration.scorer()
         self._allowances = Allowances.of(model)
         self._alert = AlertState(alert.on_delay_ns, alert.off_delay_ns)
         self._guards = Guards(model.facts.get("guards", {}), names)
@@ -122,8 +191,9 @@ class Monitor:
 
     def _no_verdict(self) -> Verdict:
         model = self.model
-        return Verdict(self.name, model.model_id, tuple(t.name for t in model.tags),
-                       np.full(len(model.calibration.channels), np.nan), np.zeros(len(model.tags)))
+        self._scorer.forget_told()
+        return Verdict(self.name, model.model_id, tuple(t.name for t in model.tags), self._scorer.means,
+                       self._scorer.shares)
 
     def _make_buffers(self) -> None:
         n_columns = len(self.plan.columns)
@@ -143,11 +213,12 @@ class Monitor:
         self._rows = [(self._ring[i], self._ring_valid[i]) for i in range(length)]
         self._pos, self._filled = -1, 0
         tag_of = {tag.name: i for i, tag in enumerate(self.model.tags)}
-        self._channel_tag = np.array(
-            [tag_of[self.plan.owner(c.column)] for c in self.model.calibration.channels], np.int64)
+        calibration = self.model.calibration
+        owner = np.array([tag_of[self.plan.owner(c.column)] for c in calibration.channels], np.int64)
+        self._scorer = calibration.scorer(owner, len(tag_of))
         of_channel = np.repeat(np.arange(len(self.methods)), [len(method.channels) for method in self.methods])
         self._lead_methods = [frozenset(int(of_channel[c]) for group in view.groups for c in group)
-                              for view in self.model.calibration.views]
+                              for view in calibration.views]
 
     def reset(self) -> None:
         """Forget all rows; a standing alert stands."""
@@ -170,7 +241,7 @@ class Monitor:
         """Number the next alert after this one (the last that the store knows)."""
         self._alert.event_no = last_event_no
 
-    def take_over(self, old: Monitor) -> None:
+    def take_over(self, old: RowMonitor) -> None:
         """Go on where another monitor stands: its alert stands here, and events are numbered on.
 
         For a changed model: prime a new monitor with the last rows, call this between two rows, and swap.
@@ -219,32 +290,32 @@ class Monitor:
 
     def _judge(self, frame: Frame, state: int) -> None:
         verdict, out = self.verdict, self._scorer.out
-        score = float(out[SCORE])
-        verdict.source_ns, verdict.seq = frame.source_ns, frame.seq
-        verdict.score, verdict.slow_score = score, float(out[SLOW])
-        verdict.r_trans, verdict.r_bound, verdict.r_conf = float(out[TRANS]), float(out[BOUND]), float(out[CONF])
-        self._scorer.window_means(verdict.residual)
+        score, _, verdict.slow_score, verdict.r_trans, verdict.r_bound, verdict.r_conf = out.tolist()
+        verdict.source_ns, verdict.seq, verdict.score = frame.source_ns, frame.seq, score
         verdict.alert = self._alert.step(0.0 if self._kept_back(frame, state) else score, frame.source_ns)
         verdict.raised, verdict.cleared = self._alert.raised, self._alert.cleared
         verdict.event_no = self._alert.event_no
         verdict.severity = self.settings.severity if verdict.alert else 0
-        self._contributions(score, state)
-        whole = not self._guards.reasons and frame.valid[self._used].all()
+        self._last_state = state
+        if verdict.raised:
+            self._raised_ns = frame.source_ns
+        whole = not self._guards.changed and not self._guards.standing and all_valid(frame.valid, self._used)
         if state < 0:
             status = BAD_DATA_UNAVAILABLE
         elif score != score and not self._blind():
             status = BAD_WAITING_FOR_INITIAL_DATA
         else:
             status = GOOD if whole and self._pauses.reason != self._pauses.settling else UNCERTAIN_SUB_NORMAL
-        if status == UNCERTAIN_SUB_NORMAL or self._pauses.reason or self._pauses.warning:
+        blank = status == BAD_WAITING_FOR_INITIAL_DATA and not whole
+        if status == UNCERTAIN_SUB_NORMAL or blank or self._pauses.reason or self._pauses.warning:
             verdict.quality = self._told(frame, status)
         else:
             verdict.quality = _QUALITY[status]
         verdict.status = status
 
     def _blind(self) -> bool:
-        """Whether the guards have masked every tag that is judged."""
-        return bool(self._guards.reasons) and self._judged <= self._guards.reasons.keys()
+        """Whether every tag that is judged comes with another resolution or scale; one that stands still is judged."""
+        return bool(self._guards.changed) and self._judged <= self._guards.changed.keys()
 
     def _kept_back(self, frame: Frame, state: int) -> bool:
         """Whether there is no alert at this row whatever the score, so that a standing one ends."""
@@ -253,27 +324,18 @@ class Monitor:
 
     def _told(self, frame: Frame, status: int) -> str:
         """Return the quality text of a row that is not plainly Good."""
-        bad = [tag.name for tag, i in zip(self.model.tags, self._used, strict=True) if not frame.valid[i]]
-        told = [self._pauses.reason, self._pauses.warning]
-        if status == UNCERTAIN_SUB_NORMAL:
-            told += ["masked: " + ", ".join(bad) if bad else "", *self._guards.reasons.values()]
-        elif status != GOOD:
-            told.insert(0, _QUALITY[status])
+        told = ["" if status in (GOOD, UNCERTAIN_SUB_NORMAL) else _QUALITY[status], self._pauses.reason,
+                self._pauses.warning]
+        if status in (UNCERTAIN_SUB_NORMAL, BAD_WAITING_FOR_INITIAL_DATA):
+            masked = masked_words(self.model.tags, self._used, frame)
+            if masked and told[0]:
+                told[0] = "no verdict"
+            told += [masked, *self._guards.changed.values(), *self._guards.standing.values()]
         return "; ".join(text for text in told if text)
 
-    def _contributions(self, score: float, state: int) -> None:
-        share = self.verdict.contribution
-        share[:] = 0.0
-        self._last_state = state
-        if self.verdict.raised:
-            self._raised_ns = self.verdict.source_ns
-        if not score >= 0.5:
-            return
-        # Not np.add.at, which takes a buffer of 5 kB.
-        share[:] = np.bincount(self._channel_tag, self._scorer.channel_shares(state), len(share))
-        total = share.sum()
-        if total > 0:
-            share /= total
+    def ended_part(self) -> PartVerdict | None:
+        """Return None: rows are judged, not parts."""
+        return None
 
     def snapshot(self) -> Snapshot:
         """Copy what `explain` needs; call it on the loop's thread, right after `step`."""

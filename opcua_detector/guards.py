@@ -10,7 +10,12 @@ again the mask ends. What counts as changed:
     scale       two blocks of rows in which mean, spread, step and extremes are those of healthy blocks times a known
                 factor (a power of ten, or of one unit to another), and not as they are
 
-A gain of up to 2, a bias, noise, drift or a value that stands still is none of these and stays a fault.
+A gain of up to 2, a bias, noise or drift is none of these and stays a fault.
+
+A tag that stands still longer than ever learnt is a fault as well, and the method `checks` tells it. From then on it is
+masked for the other methods: what it says is no longer what its partners follow, so they would be blamed for it, and a
+fault of another tag would be lost beside it. The alert stands (the checks go on counting, see `kernels.checks`), and
+the mask ends with the first value that is another one.
 """
 
 from __future__ import annotations
@@ -22,12 +27,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from .api import Float64, Int64, Record, Tag, TagKind, UInt8
+from .api import Float64, Frame, Int64, Record, Tag, TagKind, UInt8
 from .errors import ModelTagsError
 from .kernels.guards import (
+    CHANGED,
     COARSE_MASK,
     DOUBLE,
+    LAST,
     LONGEST,
+    RUN,
     SCALE_MASK,
     SINGLE,
     STATE,
@@ -156,7 +164,7 @@ def _longest_run(x: Float64, gap: UInt8, row: Float64) -> int:
     quiet[2] = 0.0
     n = len(x)
     guard_rows(np.ascontiguousarray(x[:, None]), np.isfinite(x).astype(np.uint8)[:, None], gap,
-               np.array([1, 0, 0, 0], np.int64), quiet, state, np.empty((n, 1), np.uint8), np.empty(n, np.uint8))
+               np.array([1, 0, 0, 0, 0], np.int64), quiet, state, np.empty((n, 1), np.uint8), np.empty(n, np.uint8))
     return int(state[LONGEST])
 
 
@@ -197,6 +205,8 @@ class Guards:
     ----------
     valid : uint8[n_tags]; the valid values of the last row less the masked tags
     masked_rows : rows on which a tag was masked, since the start
+    changed : tag -> why it is masked: its resolution or scale is not as learnt
+    standing : tag -> why it is masked for all methods but the checks: it stands still
     """
 
     def __init__(self, facts: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -208,47 +218,77 @@ class Guards:
         rows = np.array(facts.get("table", ()), np.float64).reshape(-1, TABLE)[chosen]
         rows[:, :2][rows[:, :2] < 0] = np.inf
         places = [at[name] for name in self._names]
-        self._ints = np.array([len(rows), len(_SCALES), 2 * len(_POWERS), *places], np.int64)
+        still = facts.get("still", {})
+        self._longest = {name: (int(after), int(longest)) for name, after, longest in
+                         zip(still.get("tags", ()), still.get("after", ()), still.get("longest", ()), strict=True)}
+        self._period_s = float(still.get("period_s", 1.0))
+        masked_from = [self._longest.get(name, (0, 0))[0] for name in self._names]
+        self._ints = np.array([len(rows), len(_SCALES), 2 * len(_POWERS), *places, *masked_from], np.int64)
         self._tables = np.concatenate([rows.ravel(), np.array([s[:3] for s in _SCALES], np.float64).ravel()])
         self._state = np.empty(len(rows) * STATE)
         self.valid: UInt8 = np.zeros(len(names), np.uint8)
         self.masked_rows = 0
-        self.reasons: Mapping[str, str] = {}
+        self.changed: Mapping[str, str] = {}
+        self.standing: Mapping[str, str] = {}
+        self._older = 0  # rows until the words of `standing` are made anew
         self._facts = dict(facts)
         begin(self._state)
 
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Tag -> why it is masked."""
+        return {**self.changed, **self.standing} if self.standing else self.changed
+
     def same_as(self, other: Guards) -> bool:
-        """Whether both compare with the same, so that one can go on for the other."""
-        return self._facts == other._facts and len(self.valid) == len(other.valid)
+        """Whether both compare with the same, so that this one can be given up and the other go on in its place.
+
+        Not while a tag stands still: how long, the methods beside these guards must have seen as well.
+        """
+        alike = self._facts == other._facts and len(self.valid) == len(other.valid)
+        return alike and not self.standing and not other.standing
 
     def restart(self) -> None:
         """Forget everything, masks too."""
         begin(self._state)
-        self.reasons = {}
+        self.changed, self.standing = {}, {}
 
     def step(self, values: Float64, valid: UInt8, gap: bool) -> bool:
-        """Take one row of float64[n_tags], write `valid`; return whether a tag was masked just now.
+        """Take one row of float64[n_tags], write `valid`; return whether the methods are to start anew, as after a gap.
 
-        What the methods remember of that tag is wrong from then on, so they are to start anew, as after a gap.
+        They are where the mask of a tag of another resolution or scale begins: what they remember of it is wrong. A
+        tag that begins to stand still is no reason: its past was as it was, and the alert on it must not fall.
         """
         told = guard_row(values, valid, gap, self._ints, self._tables, self._state, self.valid)
         if told:
-            self.reasons = self._tell()
-        if self.reasons:
+            self._tell()
+        elif self.standing:
+            self._older -= 1
+            if self._older <= 0:
+                self._tell()
+        if self.changed or self.standing:
             self.masked_rows += 1
-        return bool(told & 1)
+        return bool(told & CHANGED)
 
-    def _tell(self) -> dict[str, str]:
-        """Return why each masked tag is masked."""
-        found = {}
+    def _tell(self) -> None:
+        """Say why each masked tag is masked."""
+        changed, standing, soonest = {}, {}, 10**9
         for i, name in enumerate(self._names):
             state = self._state[i * STATE:(i + 1) * STATE]
+            after, longest = self._longest.get(name, (0, 0))
             if state[SCALE_MASK]:
-                found[name] = f"{name} is now {_SCALES[int(state[SCALE_MASK]) - 1][3]}: masked; fit again"
+                changed[name] = f"{name} is now {_SCALES[int(state[SCALE_MASK]) - 1][3]}: masked; fit again"
             elif state[COARSE_MASK]:
                 now, learnt = float(state[TOLD_STEP]), self._learnt[name][0]
-                found[name] = f"{name} now comes {_in_words(now, learnt)}: masked; fit again"
-        return found
+                changed[name] = f"{name} now comes {_in_words(now, learnt)}: masked; fit again"
+            elif after > 0 and state[RUN] >= after:
+                value = _value(float(state[LAST]), self._learnt[name][0])
+                learnt_s = lasted(longest * self._period_s) if longest else "no two rows"
+                standing[name] = (f"{name} masked: stands still at {value} for {lasted(state[RUN] * self._period_s)}, "
+                                  f"longest learnt {learnt_s}")
+                soonest = min(soonest, int(state[RUN]))
+        self.changed, self.standing = changed, standing
+        # Often enough to be true, seldom enough not to be written to the server at every row.
+        self._older = max(1, round(1.0 / self._period_s), soonest // 10)
 
     def rows(self, record: Record) -> Record:
         """Return a record of these tags with what the guards mask masked, and a gap where a mask begins.
@@ -261,7 +301,7 @@ class Guards:
         valid, told = np.empty_like(record.valid), np.empty(n, np.uint8)
         guard_rows(np.require(record.values, np.float64, ["C"]), np.require(record.valid, np.uint8, ["C"]),
                    record.gap, self._ints, self._tables, state, valid, told)
-        return replace(record, valid=valid, gap=np.bitwise_or(record.gap, told & 1, dtype=np.uint8))
+        return replace(record, valid=valid, gap=np.bitwise_or(record.gap, told & CHANGED, dtype=np.uint8))
 
 
 class Pauses:
@@ -344,6 +384,65 @@ def settling_rows(values: Float64, valid: UInt8, source_ns: Int64, settling_ns: 
         pauses.step(values[t:t + 1], valid[t:t + 1], int(source_ns[t]))
         out[t] = bool(pauses.reason)
     return out
+
+
+_CODES: Final = {  # StatusCodes of values, Part 4, 7.39.2 and Part 8, 6.3.2
+    0x80000000: "Bad", 0x80010000: "BadUnexpectedError", 0x80020000: "BadInternalError", 0x80030000: "BadOutOfMemory",
+    0x80050000: "BadCommunicationError", 0x800A0000: "BadTimeout", 0x800D0000: "BadServerNotConnected",
+    0x801F0000: "BadUserAccessDenied", 0x80310000: "BadNoCommunication", 0x80320000: "BadWaitingForInitialData",
+    0x80330000: "BadNodeIdInvalid", 0x80340000: "BadNodeIdUnknown", 0x803A0000: "BadNotReadable",
+    0x803C0000: "BadOutOfRange", 0x803D0000: "BadNotSupported", 0x803E0000: "BadNotFound",
+    0x80740000: "BadTypeMismatch", 0x80890000: "BadConfigurationError", 0x808A0000: "BadNotConnected",
+    0x808B0000: "BadDeviceFailure", 0x808C0000: "BadSensorFailure", 0x808D0000: "BadOutOfService",
+    0x808E0000: "BadDeadbandFilterInvalid", 0x809B0000: "BadNoData", 0x809E0000: "BadDataUnavailable",
+    0x80AE0000: "BadConnectionClosed", 0x80AF0000: "BadInvalidState",
+    0x408F0000: "UncertainNoCommunicationLastUsableValue", 0x40900000: "UncertainLastUsableValue",
+    0x40910000: "UncertainSubstituteValue", 0x40920000: "UncertainInitialValue",
+    0x40930000: "UncertainSensorNotAccurate", 0x40940000: "UncertainEngineeringUnitsExceeded",
+    0x40950000: "UncertainSubNormal",
+}
+_MISSING: Final = {  # what the rule of time says of a tag (`frames`)
+    0x80310000: "missing, no sample in time: BadNoCommunication",
+    0x80320000: "missing, no sample yet: BadWaitingForInitialData",
+}
+_CODE_PART: Final = 0xFFFF0000  # of a StatusCode: the rest are flags and limit bits
+
+
+def why_not_valid(status: int, value: float) -> str:
+    """Return why a value is not used: "missing", or its StatusCode by name; empty where nothing is known.
+
+    status : uint32, OPC UA StatusCode; value : NaN where there is none
+    """
+    code = status & _CODE_PART
+    if code:
+        return _MISSING.get(code) or _CODES.get(code) or f"StatusCode 0x{status & 0xFFFFFFFF:08X}"
+    return "missing" if not math.isfinite(value) else ""
+
+
+def masked_words(tags: Sequence[Tag], places: Int64, frame: Frame) -> str:
+    """Return "masked: a, b (BadSensorFailure), c (missing)" for the tags of a row that are not valid; empty for none.
+
+    places : int64[n_tags]; where each tag stands in the frame
+    """
+    text = ""
+    for tag, i in zip(tags, places, strict=True):
+        if not frame.valid[i]:
+            why = why_not_valid(int(frame.status[i]), float(frame.values[i]))
+            text += f"{', ' if text else 'masked: '}{tag.name}{f' ({why})' if why else ''}"
+    return text
+
+
+def lasted(seconds: float) -> str:
+    """Format how long something stood: "0.2 s", "45 s", "3 min", "2.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _value(x: float, step: float) -> str:
+    """Format a value with the decimals of its learnt step, six significant digits where that has no or many."""
+    shown = decimals(step)
+    return f"{x:.{shown}f}" if shown is not None and shown <= FEW_DIGITS else f"{x:.6g}"
 
 
 def _in_words(now: float, learnt: float) -> str:

@@ -3,7 +3,9 @@
 Pure: works on copies of rows and on methods whose `explain` is pure, so it may run on another thread.
 
 The guilty tag is found by the method that knows how tags follow each other, where there is one (`Follows`): a tag that
-does not, disturbs the forecasts of many. Limits that a tag broke by itself (range, rate, stuck) count on top.
+does not, disturbs the forecasts of many. Limits that a tag broke by itself (range, rate, stuck) count on top. Where the
+tag that broke one is masked for that method, or was never learnt by it, the others are blamed only if they alarm
+without it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,15 @@ class Follows(Protocol):
 
     def reconstruct(self, values: Float64, valid: UInt8, column: str, gap: UInt8 | None = None) -> Float64:
         """Return float64[m], NaN where it cannot be said."""
+        ...
+
+
+@runtime_checkable
+class Stands(Protocol):
+    """A method that knows for how long a value stands still."""
+
+    def stood_s(self, channel: int, residual: float) -> float:
+        """Return seconds, by the number of a channel of kind `stuck` and its residual."""
         ...
 
 
@@ -88,6 +99,9 @@ class Reasons:
         m = len(rows.source_ns)
         window, since = min(window, m), min(since, m)
         broken = self._broken(rows, since, now)
+        by_itself = {self._owner[column] for column, _ in broken}
+        alone = any(not self._followed(tag, rows) for tag in by_itself)
+        calm = alone and not self._learnt_score(rows) >= 1.0
         found: list[tuple[float, Cause]] = []
         guilt: dict[str, float] = {}
         for i, method in enumerate(self.methods):
@@ -96,11 +110,14 @@ class Reasons:
                                     since if follows or self._fixed[i] else window)
             for cause in causes:
                 tag = self._owner.get(cause.tag, cause.tag)
-                if follows:
+                if calm and tag not in by_itself:
+                    continue
+                if follows and not calm:
                     guilt[tag] = guilt.get(tag, 0.0) + cause.share
                 if cause.kind in FIXED_KINDS:
                     if (cause.tag, cause.kind) not in broken:
                         continue
+                    cause = self._as_long_as(cause, i, now)
                     # A jump of a while ago says whom to blame; what is off now says more of what to do.
                     old = cause.kind == "rate" and cause.source_ns < int(rows.source_ns[-window])
                     found.append((OTHERS_WEIGHT if old else BROKEN_WEIGHT * BROKEN[cause.kind],
@@ -109,10 +126,13 @@ class Reasons:
                     found.append(((1.0 if i in lead else OTHERS_WEIGHT) * clarity(cause), cause))
         told = {tag.name: float(x) for tag, x in zip(self.model.tags, contribution, strict=True) if x > 0}
         following = {i for i, method in enumerate(self.methods) if isinstance(method, Follows)}
+        if calm:
+            told = {}
         shares = _added(guilt if guilt and (following & lead or not told or broken) else told,
                         {(self._owner[c], kind) for c, kind in broken})
         top = sorted(shares, key=lambda tag: -shares[tag])
-        without = self._without(rows, top[:MOST_REPLACED], score)
+        # What a tag is blamed for by itself would be left if another one followed.
+        without = {} if alone else self._without(rows, top[:MOST_REPLACED], score)
         if guilt:
             shares = _weighed(shares, without)
             top = sorted(shares, key=lambda tag: -shares[tag])
@@ -123,6 +143,34 @@ class Reasons:
             f"something is wrong with {plain_name(top[0])}" if top else "no single cause stands out")
         return Explanation(event_no, at_ns, text, ranked, tuple((tag, shares[tag]) for tag in top),
                            tuple(without.items()))
+
+    def _followed(self, tag: str, rows: Rows) -> bool:
+        """Whether a method that knows how tags follow each other looks at a tag in the newest row."""
+        for method in self.methods:
+            if isinstance(method, Follows):
+                known = method.model.columns if hasattr(method, "model") else tuple(self._columns)
+                return any(self._owner[name] == tag and name in known and bool(rows.valid[-1, c])
+                           for c, name in enumerate(self._columns))
+        return True
+
+    def _learnt_score(self, rows: Rows) -> float:
+        """Return the score of the newest row without the limits that a tag breaks by itself."""
+        return self._score(rows, fixed=False)
+
+    def _as_long_as(self, cause: Cause, i: int, now: Float64) -> Cause:
+        """Return a cause of method i, one of a value that stands still with its true duration.
+
+        The rows at hand may begin when it stood already; the residual of the newest row knows.
+        """
+        method = self.methods[i]
+        if cause.kind != "stuck" or not now.size or not isinstance(method, Stands):
+            return cause
+        first = sum(len(other.channels) for other in self.methods[:i])
+        for k, channel in enumerate(method.channels):
+            residual = float(now[first + k])
+            if (channel.column, channel.kind) == (cause.tag, "stuck") and residual > 0.0:
+                return replace(cause, step_s=max(cause.step_s, method.stood_s(k, residual)))
+        return cause
 
     def text(self, cause: Cause, now_ns: int | None = None) -> str:
         """Return the sentence of one cause; `now_ns` tells how long ago it was worst."""
@@ -218,8 +266,10 @@ class Reasons:
                     out[tag] = would * score / observed
         return out
 
-    def _score(self, rows: Rows) -> float:
+    def _score(self, rows: Rows, *, fixed: bool = True) -> float:
         residual = self._residual(rows)
+        if not fixed:
+            residual[:, [c.kind in FIXED_KINDS for c in self.model.calibration.channels]] = np.nan
         state = np.full(len(residual), rows.state, np.int64)
         record = self._record(rows)
         allowances = Allowances.of(self.model)

@@ -18,14 +18,25 @@ import numpy as np
 from . import __version__
 from .api import BAD_DATA_UNAVAILABLE, Explanation, Frame, Verdict
 from .app import changed_since_fit, group_tags, model_path, open_monitor, record_model, registry_of
-from .client import Finding, GroupFeed, LinkState, Session, WriteBack, check_outputs, check_tags, raise_findings
+from .client import (
+    ClockWatch,
+    Finding,
+    GroupFeed,
+    LinkState,
+    Session,
+    WriteBack,
+    check_outputs,
+    check_tags,
+    raise_findings,
+)
 from .config import Config, MonitorConfig
 from .engine import Engine, Monitor
 from .explain import counterfactual_sentence
-from .feedback_live import LiveFeedback
+from .feedback.live import LiveFeedback
 from .model import load as load_model
 from .nodes import NO_SCORE, STATE_TEXTS, TOP, State
 from .store import AuditEntry, Event, Retention, Store
+from .telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +148,10 @@ class Service:
         self.scoring_ns = np.zeros(TIMINGS, np.int64)
         self.steps = 0
         self._only, self._write, self._on_verdict = only, write, on_verdict
-        self._backs: dict[str, WriteBack] = {}
+        self.backs: dict[str, WriteBack] = {}
+        self.clocks: dict[str, ClockWatch] = {}
+        self.wanted = tuple(only) or tuple(item.name for item in config.monitors)
+        self.telemetry = Telemetry(self)
         self._recordings: dict[str, Any] = {}
         self.feedback: LiveFeedback | None = None
         self._tasks: set[asyncio.Future[Any]] = set()
@@ -154,13 +168,15 @@ class Service:
             ModelError, StoreError, ConnectionProblem, ConfigError: what, where, next step.
         """
         self._loop = asyncio.get_running_loop()
-        monitors = self._open_monitors()
         try:
+            self.telemetry.start()
+            monitors = self._open_monitors()
             await self._open_sessions(monitors)
             await self._check(monitors)
             self.store = Store.open(self.config.store.path, synchronous=self.config.store.synchronous,
                                     retention=retention_of(self.config))
             await self._attach(monitors)
+            self.telemetry.running()
         except BaseException:
             await self.stop("start failed")
             raise
@@ -193,6 +209,8 @@ class Service:
                               on_state=lambda state, reason, name=name: self._link(name, state))  # type: ignore[misc]
             self.sessions[name] = session
             await session.open()
+            self.clocks[name] = ClockWatch(session)
+            await session.attach(self.clocks[name])
 
     async def _check(self, monitors: Mapping[str, list[tuple[MonitorConfig, Monitor]]]) -> None:
         raise_findings(await check_nodes(self.config, self.sessions, list(monitors), self._outputs(monitors),
@@ -215,13 +233,13 @@ class Service:
             nodes |= {(item.name, signal): node for signal, node in item.outputs.node_of().items()}
         for server, nodes in targets.items():
             back = WriteBack(self.sessions[server], nodes, on_ack=self._acknowledged)
-            self._backs[server] = back
+            self.backs[server] = back
             await self.sessions[server].attach(back)
         self.feedback = LiveFeedback(self.config, self.config_file, self.store, self.runs, self._tell_feedback)
         for group_name, items in monitors.items():
             for item, monitor in items:
                 record_model(self.store, monitor.model, model_path(self.config_file, item))
-                writer = self._backs.get(item.outputs.server) if item.outputs else None
+                writer = self.backs.get(item.outputs.server) if item.outputs else None
                 self.runs[item.name] = MonitorRun(item, monitor, writer)
             await self._start_group(group_name, [self.runs[item.name] for item, _ in items])
         await self.feedback.start(self.sessions, read_nodes=self._write)
@@ -268,11 +286,13 @@ class Service:
 
     async def stop(self, reason: str = "stopped") -> None:
         """Stop rows, say so in the nodes, close connections, commit the store; each step even if one fails."""
+        self.telemetry.stopping()
         async with AsyncExitStack() as last_first:  # runs every step, then raises what the first failing one raised
+            last_first.callback(self.telemetry.stop)
             last_first.callback(self._close_store, reason)
             for session in self.sessions.values():
                 last_first.push_async_callback(session.close)
-            for back in self._backs.values():
+            for back in self.backs.values():
                 names = [name for name, run in self.runs.items() if run.back is back]
                 last_first.push_async_callback(back.stop, {name: LAST_WORDS for name in names})
             if self._tasks:

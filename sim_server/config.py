@@ -85,6 +85,8 @@ class SimConfig(BaseModel):
         Where the server's certificate is kept; None makes a new one for this run only.
     nodesets
         NodeSet2 files to load; None loads ``results.NodeSet2.xml`` beside this module if it is there.
+    namespaces_before
+        Namespaces registered before the plant's own, which shifts all namespace indexes.
     refuse_write_timestamps
         True answers BadWriteNotSupported to a write of a result node that carries a timestamp, as many
         PLCs do.
@@ -111,6 +113,7 @@ class SimConfig(BaseModel):
     users: tuple[User, ...] = ()
     pki_dir: Path | None = None
     nodesets: tuple[Path, ...] | None = None
+    namespaces_before: tuple[str, ...] = ()
     refuse_write_timestamps: bool = False
     faults: tuple[FaultEntry, ...] = ()
     quirks: tuple[QuirkEntry, ...] = ()

@@ -56,9 +56,9 @@ class TagHistory:
             self._move()
         time = arrival_ns if source_ns == NO_STAMP else source_ns
         at = self._stop
-        # a late sample goes to its place in time; it has few to pass
-        while at > self._first and self._time[at - 1] > time:
-            at -= 1
+        if len(self) and self._time[at - 1] > time:
+            # a late sample goes to its place in time, behind those of the same time
+            at = self._first + int(np.searchsorted(self.times_ns, time, side="right"))
         for column, item in self._columns(time, source_ns, value, status):
             column[at + 1 : self._stop + 1] = column[at : self._stop].copy()
             column[at] = item

@@ -68,6 +68,7 @@ class LivePlant:
         self.max_lag_ms = 0.0
         self._server = server
         self._nodes = nodes
+        self._kinds = [kind for _, kind in nodes.tags]
         self._plant = plant
         self._player = player
         self._reporter = reporter
@@ -99,6 +100,10 @@ class LivePlant:
                 await self._publish()
             await self._sleep_s(max(0.0, zero + self.row * period_s - self._clock_s()))
 
+    def set_type(self, tag: str, kind: ua.VariantType) -> None:
+        """Publish a tag in another type from the next row on."""
+        self._kinds[[one.name for one in self._plant.tags].index(tag)] = kind
+
     async def _publish(self) -> None:
         row, process = self.row, self._plant.process
         stamp_ns = self._start_ns + row * self._plant.period_ns
@@ -115,7 +120,7 @@ class LivePlant:
             await self._show_counters()
 
     async def _write(self, sample: Sample, server_stamp: datetime) -> None:
-        node_id, kind = self._nodes.tags[sample.tag]
+        node_id, kind = self._nodes.tags[sample.tag][0], self._kinds[sample.tag]
         status = self._status.get(sample.status)
         if status is None:
             status = self._status.setdefault(sample.status, status_code(sample.status))

@@ -12,6 +12,7 @@ from typing import Any, Final
 from asyncua import Server, ua
 from asyncua.common.xmlimporter import XmlImporter
 
+from sim_server.disturb import DISTURBANCES
 from sim_server.errors import StartError
 from sim_server.processes import ProcessModel, TagSpec
 from sim_server.quirks import QUIRKS
@@ -244,7 +245,7 @@ async def build_plant(
     server
         Initialised, not started; both namespaces are registered here, the plant's first.
     methods
-        Callbacks named SetFault, ClearFaults, SetQuirk and ClearQuirks.
+        Callbacks named SetFault, ClearFaults, SetQuirk, ClearQuirks and Disturb.
     """
     namespace = await server.register_namespace(PLANT_URI)
     await server.register_namespace(RESULTS_URI)
@@ -313,6 +314,15 @@ async def _add_methods(
         ),
     )
     await writer.add_method(plant, "ClearQuirks", methods["ClearQuirks"], ())
+    await writer.add_method(
+        plant,
+        "Disturb",
+        methods["Disturb"],
+        (
+            ("what", text, f"One of {', '.join(DISTURBANCES)}"),
+            ("argument", text, "What the disturbance needs, else empty"),
+        ),
+    )
 
 
 async def _add_diagnostics(writer: AddressSpaceWriter, plant: ua.NodeId, name: str) -> dict[str, ua.NodeId]:

@@ -19,6 +19,8 @@ UNCERTAIN: Final = 0x4093_0000
 """UncertainSensorNotAccurate, OPC UA Part 8 table of status codes."""
 BAD: Final = 0x808C_0000
 """BadSensorFailure."""
+OVERLOAD: Final = 0x002F_0000
+"""GoodOverload: sampling has slowed down for lack of resources, OPC UA Part 4, clause 7.38.2."""
 OVERFLOW_BITS: Final = 0x0000_0480
 """InfoType DataValue with the Overflow bit, OPC UA Part 4, clause 7.39."""
 
@@ -27,7 +29,7 @@ NO_STAMP: Final = -1
 
 QUIRKS: Final = MappingProxyType(
     {
-        "skew_ms": ("SourceTimestamp is this much late (negative: early), ms", -10_000.0, 10_000.0),
+        "skew_ms": ("SourceTimestamp is this much late (negative: early), ms", -7_200_000.0, 7_200_000.0),
         "jitter_ms": ("SourceTimestamp is off by up to this much, evenly both ways, ms", 0.0, 10_000.0),
         "on_change": ("1: reported only when value or status changes", 0.0, 1.0),
         "rate_ms": ("reported once in so many ms", 0.0, 3_600_000.0),
@@ -40,6 +42,8 @@ QUIRKS: Final = MappingProxyType(
         "overflow": ("probability of the overflow info bits on a sample", 0.0, 1.0),
         "burst": ("samples are held back and reported so many at once", 0.0, 10_000.0),
         "swap": ("probability that a sample arrives after its successor", 0.0, 1.0),
+        "duplicate": ("probability of a second sample of the same stamp, off by the last bit", 0.0, 1.0),
+        "overload": ("probability of status GoodOverload", 0.0, 1.0),
     }
 )
 """Name -> (meaning, lowest value, highest value); 0 switches a quirk off."""
@@ -176,6 +180,9 @@ class _TagReporter:
                 self._swapped = sample
             else:
                 ready.append(sample)
+                if self._hit(active, "duplicate", row):
+                    # a second one that is quite the same is no change, and no server would report it
+                    ready.append(sample._replace(value=math.nextafter(sample.value, math.inf)))
                 if self._swapped is not None:
                     ready.append(self._swapped)
                     self._swapped = None
@@ -215,6 +222,8 @@ class _TagReporter:
             status = BAD
         elif self._hit(active, "uncertain", row):
             status = UNCERTAIN
+        elif self._hit(active, "overload", row):
+            status = OVERLOAD
         if self._hit(active, "overflow", row):
             status |= OVERFLOW_BITS
         if active.get("on_change", 0.0) > 0.0 and self._last == (value, status):

@@ -18,6 +18,7 @@ from asyncua import Server, ua
 
 from sim_server.access import PlantAttributes, PlantUsers
 from sim_server.config import SimConfig, build_reporter, build_script
+from sim_server.disturb import Disturber
 from sim_server.errors import ProcessError, QuirkError, StartError
 from sim_server.history import Historian, TagHistory
 from sim_server.live import LivePlant
@@ -73,6 +74,7 @@ class PlantServer:
         self._historian = Historian(self._server.iserver, config.history_page_rows)
         self._attributes = PlantAttributes(self._server.iserver.aspace, self._set_factor)
         self._live: LivePlant | None = None
+        self._disturber: Disturber | None = None
         self._started = False
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         tokens: list[type] = [ua.UserNameIdentityToken]
@@ -110,6 +112,8 @@ class PlantServer:
         server.set_endpoint(self.endpoint)
         server.set_security_policy(list(_POLICIES))
         await self._load_certificate()
+        for uri in self.config.namespaces_before:
+            await server.register_namespace(uri)
         nodes = await build_plant(server, self.plant.process.model, self.plant.tags, self._methods())
         self._attributes.serve_factors(nodes.factors)
         nodes.results.extend(await load_nodesets(server, self._nodesets()))
@@ -133,6 +137,9 @@ class PlantServer:
             histories,
             self.start_ns,
             self.config.speed,
+        )
+        self._disturber = Disturber(
+            server, nodes.namespace, self.plant.process.name, nodes.results, self._live.set_type
         )
 
     async def run(self) -> None:
@@ -230,6 +237,7 @@ class PlantServer:
             "ClearFaults": self._method_clear_faults,
             "SetQuirk": self._method_set_quirk,
             "ClearQuirks": self._method_clear_quirks,
+            "Disturb": self._method_disturb,
         }
 
     def _set_factor(self, parameter: str, factor: float) -> ua.StatusCode:
@@ -271,6 +279,19 @@ class PlantServer:
 
     async def _method_clear_quirks(self, parent: ua.NodeId, *arguments: ua.Variant) -> ua.StatusCode:
         self._reporter.clear()
+        return status_code(ua.StatusCodes.Good)
+
+    async def _method_disturb(self, parent: ua.NodeId, *arguments: ua.Variant) -> ua.StatusCode:
+        given = _arguments(arguments, (str, str))
+        if isinstance(given, ua.StatusCode):
+            return given
+        if self._disturber is None:
+            return status_code(ua.StatusCodes.BadInvalidState)
+        try:
+            await self._disturber.disturb(given[0], given[1])
+        except QuirkError as error:
+            _logger.warning("disturbance refused: %s", error)
+            return status_code(ua.StatusCodes.BadInvalidArgument)
         return status_code(ua.StatusCodes.Good)
 
     async def _show_factors(self) -> None:

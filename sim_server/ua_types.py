@@ -54,4 +54,6 @@ def to_variant(value: float, variant_type: ua.VariantType, status: int) -> ua.Va
         return ua.Variant(int(value), variant_type)
     if variant_type == ua.VariantType.Boolean:
         return ua.Variant(bool(value), variant_type)
+    if variant_type == ua.VariantType.String:
+        return ua.Variant(repr(value), variant_type)
     return ua.Variant(value, variant_type)

@@ -7,6 +7,7 @@ memory (`push_row`, `forget`) has no twin: the oracle looks back into the whole 
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
@@ -303,3 +304,40 @@ def whole_vectors(model, i, own, z, valid, record):
             q = [level_of(record.values[s, own], a["edges"][i]) for s in (t, t + p["step"])]
             found.setdefault(q[0] * p["levels"] + q[1], []).append(centred / norm)
     return {code: np.array(unit) for code, unit in found.items()}
+
+
+# -- tags that carry the same signal ----------------------------------------------------------------------------
+
+
+def alike(values, valid, i, j):
+    """Look at the rows that both tags have: (is the |correlation| 1 to rounding, what it is, does each of them move).
+
+    A tag moves where its spread on those rows is more than a hundredth of that on all of its own. Where a square
+    overflows, or all that moves is rounding, nothing can be said: (False, 0, False).
+    """
+    both = [t for t in range(len(values)) if valid[t, i] and valid[t, j]]
+    if len(both) < 3:
+        return False, 0.0, False
+    parts, spreads = [], []
+    for k in (i, j):
+        parts.append(less_mean([values[t, k] for t in both]))
+        own = less_mean([values[t, k] for t in range(len(values)) if valid[t, k]])
+        spreads.append((size_of(parts[-1]) / math.sqrt(len(both)), size_of(own) / math.sqrt(len(own))))
+        if spreads[-1][0] <= 1e-12 * max(abs(values[t, k]) for t in both):
+            return False, 0.0, False
+    norm = size_of(parts[0]) * size_of(parts[1])
+    if not math.isfinite(norm + sum(whole for _, whole in spreads)):
+        return False, 0.0, False
+    correlation = abs(math.fsum(a * b for a, b in zip(*parts, strict=True))) / norm
+    return correlation > 1 - 1e-10, correlation, all(here > 0.01 * whole for here, whole in spreads)
+
+
+def less_mean(x):
+    """x less its mean."""
+    mean = sum(float(one) / len(x) for one in x)
+    return [float(one) - mean for one in x]
+
+
+def size_of(x):
+    """Root of the sum of squares; inf where that overflows."""
+    return math.sqrt(sum(one * one for one in x))

@@ -159,3 +159,25 @@ def score_rows(residual, gap, state, calibration):
     rows = [score_step(residual, gap, state, t, calibration) for t in range(len(residual))]
     terms, values, outs = (np.array(part) for part in zip(*rows, strict=True))
     return outs, terms, values
+
+
+def told(residual, gap, state, t, calibration, lead, tag, n_tags):
+    """What is told of row t: (mean residual float64[n_channels], weight of each tag float64[n_tags]).
+
+    lead : the view whose tags are named, -1 = none
+    """
+    c, s, start = calibration, state[t], start_of(gap, t)
+    rows = range(max(start, t - min(REPORT, int(max(c.windows))) + 1), t + 1)
+    known = [[residual[k, j] for k in rows if not math.isnan(residual[k, j])] for j in range(len(c.channels))]
+    means = np.array([math.fsum(x) / len(x) if x else math.nan for x in known])
+    weights = np.zeros(n_tags)
+    if lead < 0 or s < 0:
+        return means, weights
+    for group, w in c.views[lead].terms:
+        for j in group:
+            entries = [filled(k, j, start, residual, state, c) for k in range(t - int(c.windows[w]) + 1, t + 1)]
+            there = [x for x in entries if not math.isnan(x)]
+            excess = max(0.0, math.fsum(there) / max(1, len(there)) - c.usual[s, j])
+            far = math.fsum(known[j]) / max(1, len(known[j])) / c.scale[s, j]
+            weights[tag[j]] += excess * (1.0 + far)
+    return means, weights

@@ -15,7 +15,7 @@ from opcua_detector.app import methods_of, only_nonlinear
 from opcua_detector.config import MonitorConfig
 from opcua_detector.detectors.onnx_model import OnnxParams, OnnxPlugin
 from opcua_detector.detectors.transition import TransitionParams, TransitionPlugin
-from opcua_detector.engine import AlertSettings, Engine, Monitor, frames_of
+from opcua_detector.engine import AlertSettings, Engine, RowMonitor, frames_of
 from opcua_detector.errors import ModelTagsError
 from opcua_detector.fitting import FitReport, fit_monitor
 from opcua_detector.model import NormalityModel
@@ -122,10 +122,10 @@ def lorenz_fit(n: int = 12_000) -> tuple[NormalityModel, FitReport]:
     return fit_monitor("lorenz", lorenz_rows(n, 1), [("transition", TransitionPlugin(), TransitionParams())])
 
 
-def lorenz_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) -> Monitor:  # noqa: B008 - frozen
+def lorenz_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) -> RowMonitor:  # noqa: B008 - frozen
     """A fresh monitor on the shared Lorenz model, for frames of these tags."""
     model, _ = lorenz_fit()
-    return Monitor("lorenz", model, [TransitionPlugin().open(model.methods[0], model.plan.columns)], tags, alert)
+    return RowMonitor("lorenz", model, [TransitionPlugin().open(model.methods[0], model.plan.columns)], tags, alert)
 
 
 @cache
@@ -140,10 +140,10 @@ def _sharp_model() -> NormalityModel:
     return replace(model, calibration=replace(model.calibration, limit=limit))
 
 
-def sharp_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) -> Monitor:  # noqa: B008 - frozen
+def sharp_monitor(tags: Sequence[Tag], alert: AlertSettings = AlertSettings()) -> RowMonitor:  # noqa: B008 - frozen
     """As `lorenz_monitor`, for tests of alerts that must not depend on how the limit is chosen."""
     model = _sharp_model()
-    return Monitor("lorenz", model, [TransitionPlugin().open(model.methods[0], model.plan.columns)], tags, alert)
+    return RowMonitor("lorenz", model, [TransitionPlugin().open(model.methods[0], model.plan.columns)], tags, alert)
 
 
 _DEFAULT = MonitorConfig(name="auto", group="rows")
@@ -167,9 +167,9 @@ def opened(model: NormalityModel) -> list[Method]:
 
 def monitor_of(
     model: NormalityModel, tags: Sequence[Tag], alert: AlertSettings = AlertSettings(),  # noqa: B008 - frozen
-) -> Monitor:
+) -> RowMonitor:
     """A fresh monitor on a model, for frames of these tags."""
-    return Monitor(model.monitor, model, opened(model), tags, alert)
+    return RowMonitor(model.monitor, model, opened(model), tags, alert)
 
 
 @cache
@@ -179,7 +179,7 @@ def product_fit() -> NormalityModel:
     return fit_monitor("lorenz", lorenz_rows(40_000, 1), methods, only_nonlinear=only_nonlinear(_DEFAULT))[0]
 
 
-def product_monitor(tags: Sequence[Tag]) -> Monitor:
+def product_monitor(tags: Sequence[Tag]) -> RowMonitor:
     """A monitor as `configs/lorenz.yaml` makes it, with the limits that its fit set."""
     return monitor_of(product_fit(), tags)
 
@@ -187,16 +187,16 @@ def product_monitor(tags: Sequence[Tag]) -> Monitor:
 def deviation_monitor(
     record: Record, *, group_tags: Sequence[Tag] = (), state_tag: str = "", windows: Sequence[int] = (20,),
     alert: AlertSettings = AlertSettings(), per_day: float = 100.0,  # noqa: B008 - frozen
-) -> Monitor:
+) -> RowMonitor:
     """A monitor with the method `deviation`, fitted on this record."""
     plugin = DeviationPlugin()
     model, _ = fit_monitor("plain", record, [("deviation", plugin, DeviationParams())], state_tag=state_tag,
                            windows_ns=[w * record.period_ns for w in windows], false_alarms_per_day=per_day)
     methods = [plugin.open(model.methods[0], model.plan.columns)]
-    return Monitor("plain", model, methods, group_tags or record.tags, alert)
+    return RowMonitor("plain", model, methods, group_tags or record.tags, alert)
 
 
-def scores(monitor: Monitor, record: Record) -> Float64:
+def scores(monitor: RowMonitor, record: Record) -> Float64:
     """Score of each row, streamed through an engine."""
     engine = Engine([monitor])
     return np.array([engine.step(frame)[0].score for frame in frames_of(record)])

@@ -23,7 +23,9 @@ from opcua_detector.calibration import (
     Calibration,
     calibrate,
     held_out_residuals,
+    view_values,
 )
+from opcua_detector.detectors.regression import RegressionParams, RegressionPlugin
 from opcua_detector.errors import RecordError
 from opcua_detector.kernels.score import (
     BOUND,
@@ -31,6 +33,7 @@ from opcua_detector.kernels.score import (
     ENERGY_CAP,
     LEAD,
     LEAST,
+    NAMED_FROM,
     PLAIN,
     SCORE,
     SHARPNESS,
@@ -229,6 +232,19 @@ def test_stream_batch_and_oracle_agree_over_gaps_masks_states_windows_and_roles(
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
+def test_a_fit_gets_the_values_of_the_views_from_their_terms(shape):
+    c = TABLES[shape]
+    n = len(c.channels)
+    residual = healthy(400, n, seed=9) * np.random.default_rng(2).choice([0.1, 1.0, 30.0], (400, 1))
+    residual[50:80, 0] = residual[200:290] = np.nan
+    gap = (np.arange(400) % 90 == 0).astype(np.uint8)
+    state = np.arange(400) // 7 % (len(c.states) + 1) - 1
+    _, terms, values = c.scorer().rows(residual, gap, state, details=True)
+    assert np.isnan(values).any() and np.isfinite(values).any(axis=0).all()
+    assert_allclose(view_values(c, terms, state), values, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
 def test_energies_are_those_of_the_oracle_whatever_the_order_of_the_array(shape):
     c = TABLES[shape]
     residual = healthy(60, len(c.channels), seed=11) * np.geomspace(1, 1e4, 60)[:, None]
@@ -350,9 +366,10 @@ def test_rounding_of_the_window_sums_stays_below_1e_10_over_100_000_rows():
         naive += new - old
     exact = [math.fsum(last[:, c]) for c in range(4)]
     assert np.abs(naive - exact).max() > 1e-10  # so the promise is one
-    means = np.empty(4)
-    scorer.window_means(means)
-    assert_allclose(means * window, exact, rtol=0, atol=1e-10)
+    told = calibration.scorer()
+    told.rows(residual[:-1], np.zeros(n - 1, np.uint8), np.zeros(n - 1, np.int64))
+    told.step(residual[-1], 0)
+    assert_allclose(told.means * window, exact, rtol=0, atol=1e-10)
     c = calibration
     for j in range(4):
         exact_energy = math.fsum(oracle_score.energy(x, 0, j, c) for x in last[:, j])
@@ -371,10 +388,8 @@ def test_after_a_reset_nothing_of_the_rows_before_is_left():
         fresh.step(row, 0)
         used.step(row, 0)
         assert_array_equal(fresh.out, used.out)
-    ours, theirs = np.empty(n), np.empty(n)
-    fresh.window_means(ours)
-    used.window_means(theirs)
-    assert_array_equal(ours, theirs)
+        assert_array_equal(fresh.means, used.means)
+        assert_array_equal(fresh.shares, used.shares)
 
 
 def test_window_means_are_those_of_the_known_residuals_and_nan_where_there_are_none():
@@ -383,9 +398,7 @@ def test_window_means_are_those_of_the_known_residuals_and_nan_where_there_are_n
     rows = np.array([[9, 9, np.nan, 9], [1, 2, np.nan, np.nan], [3, np.nan, np.nan, 4], [5, 6, np.nan, 8.0]])
     for row in rows:
         scorer.step(row, 0)
-    into = np.zeros(4)
-    scorer.window_means(into)
-    assert_allclose(into, [3, 4, np.nan, 6])
+    assert_allclose(scorer.means, [3, 4, np.nan, 6])
 
 
 def test_residuals_are_told_over_100_rows_however_long_the_windows_are():
@@ -394,9 +407,55 @@ def test_residuals_are_told_over_100_rows_however_long_the_windows_are():
     rows = healthy(300, seed=4)
     for row in rows:
         scorer.step(row, 0)
-    into = np.zeros(4)
-    scorer.window_means(into)
-    assert_allclose(into, rows[-100:].mean(axis=0), rtol=1e-12)
+    assert_allclose(scorer.means, rows[-100:].mean(axis=0), rtol=1e-12)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(residuals, flags, states, st.sampled_from(list(SHAPES)), st.lists(st.integers(0, 3), min_size=10, max_size=10))
+def test_what_is_told_of_a_row_is_that_of_the_oracle(residual, gap, state, shape, owner):
+    c = TABLES[shape]
+    n, n_tags = len(c.channels), 5  # the last tag has no channel
+    residual = np.ascontiguousarray(residual[:, :n]) * np.geomspace(0.1, 10.0, N_ROWS)[:, None]
+    state, tag = np.minimum(state, len(c.states) - 1), np.array(owner[:n], np.int64)
+    scorer = c.scorer(tag, n_tags)
+    for t in range(N_ROWS):
+        if gap[t]:
+            scorer.reset()
+        scorer.step(residual[t], int(state[t]))
+        lead = int(scorer.out[LEAD]) if scorer.out[SCORE] >= NAMED_FROM else -1
+        means, weights = oracle_score.told(residual, gap, state, t, c, lead, tag, n_tags)
+        assert_allclose(scorer.means, means, rtol=1e-9, atol=1e-9)
+        if weights.sum() > 1e-6:  # less is above the healthy level by rounding alone, and names at random
+            assert_allclose(scorer.shares, weights / weights.sum(), rtol=1e-7, atol=1e-8)
+        elif lead < 0 or state[t] < 0:
+            assert_array_equal(scorer.shares, 0.0)
+
+
+def test_nothing_is_told_before_the_first_row_and_after_it_is_forgotten():
+    c = TABLES["linear"]
+    scorer = c.scorer()
+    for row in [None, *healthy(20, len(c.channels), seed=3) * 1e3]:
+        if row is not None:
+            scorer.step(row, 0)
+    assert np.isfinite(scorer.means).all() and scorer.shares.sum() == pytest.approx(1.0)
+    scorer.forget_told()
+    for one in (scorer, c.scorer()):
+        one.forget_told()
+        assert np.isnan(one.means).all() and not one.shares.any()
+
+
+def test_tags_are_named_from_half_of_the_limit_on():
+    c = TABLES["nonlinear"]
+    scorer = c.scorer()
+    seen = set()
+    for row in healthy(3000, len(c.channels), seed=3) * np.random.default_rng(1).choice([0.3, 1.0, 3.0], (3000, 1)):
+        scorer.step(row, 0)
+        named = scorer.out[SCORE] >= NAMED_FROM
+        seen.add(bool(named))
+        # A view can lead on the surprise of one row alone, with all its means at their healthy level or below.
+        assert scorer.shares.sum() == pytest.approx(1.0) or not scorer.shares.any()
+        assert named or not scorer.shares.any()
+    assert seen == {False, True}
 
 
 def test_the_channel_that_is_furthest_off_carries_the_largest_share():
@@ -405,9 +464,10 @@ def test_the_channel_that_is_furthest_off_carries_the_largest_share():
     scorer = calibration.scorer()
     for row in healthy(20, seed=3):
         scorer.step(row * [1, 50, 1, 1e4], 0)
-    share = scorer.channel_shares(0)
-    assert int(np.argmax(share)) == 3 and share.min() >= 0
-    assert_array_equal(scorer.channel_shares(-1), np.zeros(4))
+    assert int(np.argmax(scorer.shares)) == 3 and scorer.shares.min() >= 0
+    assert scorer.shares.sum() == pytest.approx(1.0)
+    scorer.step(row, -1)
+    assert_array_equal(scorer.shares, np.zeros(4))
 
 
 def test_only_the_channels_of_the_leading_view_carry_a_share():
@@ -419,8 +479,7 @@ def test_only_the_channels_of_the_leading_view_carry_a_share():
         scorer.step(row, 0)
     view = c.views[int(scorer.out[LEAD])]
     members = {j for group in view.groups for j in group}
-    share = scorer.channel_shares(0)
-    assert members == {5} and set(np.flatnonzero(share)) == members
+    assert members == {5} and set(np.flatnonzero(scorer.shares)) == members
 
 
 # -- calibrating ------------------------------------------------------------------------------------------------
@@ -517,7 +576,29 @@ def test_a_record_that_cannot_support_the_wish_says_so():
 
 
 def test_a_record_that_can_support_the_wish_says_nothing():
-    assert calibrated(healthy(20_000), windows=(20,), per_day=1000.0).notes == ()
+    assert calibrated(healthy(20_000), windows=(20,), per_day=5000.0).notes == ()
+
+
+def test_a_record_that_holds_too_few_of_the_asked_alarms_says_how_much_it_takes():
+    notes = calibrated(healthy(20_000), windows=(20,), per_day=1000.0).notes
+    assert len(notes) == 1 and "too short to show that 1000 false alarms a day" in notes[0]
+    assert f"{20_000 * PERIOD_S / 3600 * 10 / (20_000 * PERIOD_S / 86_400 * 1000):.3g} h of record" in notes[0]
+
+
+@pytest.mark.parametrize("tail", ["short", "long"])
+@pytest.mark.parametrize("n_states", [1, 2])
+def test_the_limit_keeps_the_budget_on_fresh_rows_whatever_the_tail(tail, n_states):
+    def rows(n, seed):
+        rng = np.random.default_rng(seed)
+        return rng.random((n, 4)) if tail == "short" else rng.lognormal(0, 1, (n, 4))
+
+    n, hours = 60_000, 60_000 * PERIOD_S / 3600
+    per_day = 40 * 24 / hours  # forty in the record
+    c = calibrated(rows(n, 1), windows=(20,), n_states=n_states, per_day=per_day)
+    score = c.score_rows(rows(10 * n, 2), np.zeros(10 * n, np.uint8), np.zeros(10 * n, np.int64))[:, SCORE]
+    above = np.flatnonzero(score >= 1.0)
+    found = 1 + np.count_nonzero(np.diff(above) * PERIOD_S > 0.5)
+    assert 200 <= found <= 800
 
 
 def test_windows_longer_than_a_quarter_of_the_record_are_left_out():
@@ -556,6 +637,20 @@ def test_held_out_residuals_come_from_models_that_never_saw_their_rows():
     assert_array_equal(np.isnan(out[:, 0]), np.arange(1003) < 4)  # folds are warmed up by the rows before them
     assert (out[4:] != full[4:]).any()
     assert all(int(seen.gap.sum()) <= 2 for seen in plugin.fitted_on)  # the hole is a gap to the fit
+
+
+def test_a_plugin_may_leave_out_in_the_folds_what_no_residual_hangs_on():
+    record = noise_record(600, ["a", "b"])
+    plugin = RegressionPlugin()
+    params = RegressionParams(lags=2)
+    method = plugin.open(plugin.fit(record, params), record.tags)
+    full = method.residuals(record)
+    short = held_out_residuals(plugin, record, params, full, method.channels)
+    folds = plugin.fit_fold(record, params)
+    assert np.isnan(folds.arrays["rms"]).all() and folds.arrays["rms"].shape == method.model.arrays["rms"].shape
+    plugin.fit_fold = plugin.fit
+    assert_array_equal(held_out_residuals(plugin, record, params, full, method.channels), short)
+    assert_array_equal(plugin.open(folds, record.tags).residuals(record), full)
 
 
 def test_a_plugin_that_does_not_learn_keeps_its_residuals():

@@ -7,11 +7,12 @@ from functools import cache
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from presses import fitted
 
 import opcua_detector
 from opcua_detector import Detector
 from opcua_detector.engine import Engine, frames_of
-from opcua_detector.errors import ConfigError, RecordError
+from opcua_detector.errors import ConfigError, ModelFileError, RecordError
 
 TAGS = ["level", "flow", "pressure"]
 N = 3000
@@ -104,3 +105,10 @@ def test_importing_the_package_alone_stays_light():
 
     code = "import sys, opcua_detector; print([m for m in ('numba', 'numpy', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_model_of_parts_is_refused_with_where_it_belongs(tmp_path):
+    fitted().save(tmp_path / "press.npz")
+    with pytest.raises(ModelFileError, match="judges parts of a cyclic process") as refused:
+        opcua_detector.load(tmp_path / "press.npz")
+    assert "opcua_detector.parts" in str(refused.value)

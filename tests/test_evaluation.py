@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opcua_detector.api import Record, Tag, TagKind
-from opcua_detector.engine import AlertSettings, Monitor
+from opcua_detector.engine import AlertSettings, RowMonitor
 from opcua_detector.errors import RecordError
 from opcua_detector.evaluation import (
     VUS_WINDOW,
@@ -25,8 +25,7 @@ from opcua_detector.evaluation import (
     top_tags,
 )
 from opcua_detector.metrics import auc, operating_point, partial_auc, vus_pr
-from opcua_detector.parts import Cycle, PartMonitor
-from opcua_detector.parts_fit import fit_parts
+from opcua_detector.parts import Cycle, PartMonitor, fit_parts
 from sim_server.processes import Fault, make
 from tests.plants import deviation_monitor, noise_record, record_of, scores
 
@@ -40,7 +39,7 @@ def healthy() -> Record:
     return noise_record(5000, TAGS, seed=1)
 
 
-def monitor() -> Monitor:
+def monitor() -> RowMonitor:
     return deviation_monitor(healthy(), alert=QUICK)
 
 
@@ -207,7 +206,7 @@ def test_a_cyclic_monitor_is_judged_part_by_part() -> None:
     model, _ = fit_parts("press", healthy_record, cycle, false_alarms_per_day=1.0)
     block = fresh.simulate_block(12_000, faults=[Fault("wear", 1.3, 4000, 6000)])
     record = Record.from_rows(block.measured[:, :4], tags, 10_000_000, truth=block.labels)
-    said = replay(record, PartMonitor("press", model, tags, QUICK))  # type: ignore[arg-type]
+    said = replay(record, PartMonitor("press", model, tags, QUICK))
     found = evaluate(record, said, budget_per_day=1.0)
     assert found.unit == "parts" and len(said.parts) > 50
     (event,) = found.events

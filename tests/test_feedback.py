@@ -14,15 +14,27 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.metrics import roc_auc_score
 
-from opcua_detector import feedback as fb
 from opcua_detector.allowances import BALLS, CALM, Allowances, calm_residual, residual_of
 from opcua_detector.api import Frame, Record, Tag
 from opcua_detector.detector import Detector, fit, load
-from opcua_detector.engine import Engine, Monitor, frames_of
+from opcua_detector.engine import Engine, RowMonitor, frames_of
 from opcua_detector.errors import ConfigError, RecordError
-from opcua_detector.feedback import DAY_NS, Feedback, Policy, confirm, expire, forecast, give_feedback, journal, undo
+from opcua_detector.feedback import (
+    DAY_NS,
+    FOLDED,
+    Feedback,
+    Policy,
+    confirm,
+    expire,
+    fold,
+    forecast,
+    give_feedback,
+    journal,
+    undo,
+)
 from opcua_detector.fitting import fit_monitor
 from opcua_detector.kernels.allowance import allow_rows
+from opcua_detector.model import NormalityModel
 from sim_server.processes import Fault, make
 from tests.plants import DeviationParams, DeviationPlugin, noise_record
 
@@ -269,14 +281,14 @@ def test_a_new_monitor_takes_over_between_two_rows_with_its_windows_and_the_stan
     assert_allclose(scores[start + 200:], ideal[start + 200:], rtol=1e-9)
 
 
-def reference(values, valid, gap, residual, groups, middle, inverse, low, high):
+def reference(values, valid, gap, signed, residual, groups, middle, inverse, low, high):
     """What the kernel does, row by row and ball by ball."""
     z = np.where(valid != 0, (values - middle) * inverse, np.nan)
     out = residual.copy()
     begin = 0
     for t in range(len(z)):
         begin = t if gap[t] else begin
-        allowed = np.zeros(residual.shape[1])
+        excused = np.full(residual.shape[1], np.inf)
         for about, balls in groups:
             for ball in balls:
                 k = len(about["columns"])
@@ -285,45 +297,57 @@ def reference(values, valid, gap, residual, groups, middle, inverse, low, high):
                 away = np.abs(np.array(point) - ball[1:1 + k])
                 known = ~np.isnan(away)
                 if 2 * known.sum() >= k and (away[known] <= ball[0]).all():
-                    for c, a in zip(about["channels"], ball[1 + k:], strict=True):
-                        allowed[c] = max(allowed[c], a)
-        for c in range(residual.shape[1]):
-            r, a = residual[t, c], allowed[c]
-            if r > low[c] and a > high[c] - low[c]:
-                out[t, c] = high[c] + r - low[c] - a if r > low[c] + a else low[c] + (high[c] - low[c]) * (
-                    r - low[c]) / a
+                    m = len(about["channels"])
+                    for c, least, most in zip(about["channels"], ball[1 + k:1 + k + m], ball[1 + k + m:], strict=True):
+                        s = signed[t, c]
+                        if math.isnan(least):
+                            continue
+                        outside = max(least - s, s - most, 0.0)
+                        size = max(abs(least), abs(most))
+                        counts = high[c] + outside if outside else low[c] + (high[c] - low[c]) * abs(s) / size
+                        excused[c] = min(excused[c], counts)
+        out[t] = np.where(np.isnan(residual[t]), np.nan, np.fmin(residual[t], excused))
     return out
 
 
 def test_the_kernel_does_what_its_docstring_says_in_one_call_and_row_by_row():
     rng = np.random.default_rng(0)
     n, d, c = 400, 3, 4
-    values, residual = rng.standard_normal((n, d)), np.abs(rng.standard_normal((n, c))) * 3
+    values, signed = rng.standard_normal((n, d)), rng.standard_normal((n, c)) * 3
     valid = (rng.random((n, d)) > 0.15).astype(np.uint8)
     gap = (rng.random(n) < 0.01).astype(np.uint8)
-    residual[rng.random((n, c)) < 0.05] = np.nan
+    signed[rng.random((n, c)) < 0.05] = np.nan
+    signed[:, 3] = np.abs(signed[:, 3])  # a channel without a direction
+    residual = np.abs(signed)
+
+    def balls(n_balls: int, keys: int, own: int) -> np.ndarray:
+        ends = np.sort(rng.standard_normal((n_balls, own, 2)) * 3, axis=2)
+        ends[rng.random((n_balls, own)) < 0.2] = np.nan
+        return np.concatenate([np.abs(rng.standard_normal((n_balls, 1 + keys))), ends[..., 0], ends[..., 1]], axis=1)
+
     groups = [
-        ({"columns": [0, 2, 0], "ages": [0, 0, 5], "channels": [1, 3]}, np.abs(rng.standard_normal((6, 6)))),
-        ({"columns": [1], "ages": [2], "channels": [0, 1, 2]}, np.abs(rng.standard_normal((3, 5)))),
+        ({"columns": [0, 2, 0], "ages": [0, 0, 5], "channels": [1, 3]}, balls(9, 3, 2)),
+        ({"columns": [1], "ages": [2], "channels": [0, 1, 2]}, balls(3, 1, 3)),
     ]
     middle, inverse = rng.standard_normal(d), rng.uniform(0.5, 2, d)
     low, high = np.array([0.2, 0.3, 0.1, np.inf]), np.array([0.4, 0.5, np.inf, np.inf])
     ints, floats, at = [np.array([d, c, 2, 6, 3])], [middle, inverse], 2 * d
-    for about, balls in groups:
-        ints += [np.array([len(balls), len(about["columns"]), len(about["channels"]), at]), about["columns"],
+    for about, own in groups:
+        ints += [np.array([len(own), len(about["columns"]), len(about["channels"]), at]), about["columns"],
                  about["ages"], about["channels"]]
-        floats.append(balls.ravel())
-        at += balls.size
+        floats.append(own.ravel())
+        at += own.size
     packed = np.concatenate(ints).astype(np.int64), np.concatenate(floats), np.stack([low, high], 1).ravel()
-    expected = reference(values, valid, gap, residual, groups, middle, inverse, low, high)
+    expected = reference(values, valid, gap, signed, residual, groups, middle, inverse, low, high)
     assert np.nansum(expected) < np.nansum(residual)
     whole = residual.copy()
-    allow_rows(values.ravel(), valid.ravel(), gap, np.zeros(n, np.int64), whole.ravel(), *packed,
+    allow_rows(values.ravel(), valid.ravel(), gap, np.zeros(n, np.int64), signed.ravel(), whole.ravel(), *packed,
                np.full(c + 3 + 6 * d, np.nan), np.zeros(2, np.int64))
     assert_allclose(whole, expected, rtol=1e-12)
     single, memory, cursor = residual.copy(), np.full(c + 3 + 6 * d, np.nan), np.zeros(2, np.int64)
     for t in range(n):
-        allow_rows(values[t], valid[t], gap[t:t + 1], np.zeros(1, np.int64), single[t], *packed, memory, cursor)
+        allow_rows(values[t], valid[t], gap[t:t + 1], np.zeros(1, np.int64), signed[t].copy(), single[t], *packed,
+                   memory, cursor)
     assert_array_equal(single, whole)
 
 
@@ -462,7 +486,7 @@ def test_no_value_and_no_distance_is_taken_in_beyond_the_protected_limits():
     middle = np.argsort(np.abs(rows[1500:2900, 3] - model.normality.span[3].mean()))[0] + 1500
     rows[middle:middle + 40, 3] = model.normality.span[3].mean() + 0.38 * span  # inside its range, far from the others
     start = first_alarm(model, rows, middle)
-    refused = clicked(model, rows, start, middle + 40, policy=Policy(protected=0.1))
+    refused = clicked(model, rows, start, middle + 40, policy=Policy(beyond=0.1))
     assert refused.outcome.action == "refused" and "of its healthy span" in refused.outcome.text
 
 
@@ -506,14 +530,14 @@ def test_what_keeps_trending_is_refused_with_the_reason_and_paper_mode_takes_it(
         rows, _ = biased(5, 3, times)
         start = first_alarm(model, rows, 1500)
         before = model
-        model = clicked(model, rows, start, start + 60, policy=Policy(protected=0.3))
+        model = clicked(model, rows, start, start + 60, policy=Policy(beyond=0.3))
         taken.append(model.outcome.action)
         if model.outcome.action == "refused":
             assert "keeps trending" in model.outcome.text and "t3" in model.outcome.text
             assert model.normality is before.normality
             break
     assert taken[0] == "adapted" and taken[-1] == "refused" and len(taken) >= 3
-    for_good = clicked(before, rows, start, start + 60, policy=Policy(mode="paper", protected=0.3))
+    for_good = clicked(before, rows, start, start + 60, policy=Policy(mode="paper", beyond=0.3))
     assert for_good.outcome.action == "adapted"
 
 
@@ -524,7 +548,7 @@ MANY = list("abcdefgh")
 
 
 @cache
-def deviation() -> tuple[fb.NormalityModel, Record]:
+def deviation() -> tuple[NormalityModel, Record]:
     record = noise_record(3000, MANY, seed=1)
     model, _ = fit_monitor("plain", record, [("deviation", DeviationPlugin(), DeviationParams())],
                            windows_ns=[20 * record.period_ns], false_alarms_per_day=100.0)
@@ -542,7 +566,7 @@ def a_situation(rng: np.random.Generator) -> Record:
     return Record.from_rows(values, [Tag(name) for name in MANY], 10_000_000)
 
 
-@pytest.mark.parametrize("mode", ["paper", "review"])
+@pytest.mark.parametrize("mode", ["paper", "bounded"])
 def test_a_thousand_feedbacks_do_not_bloat_the_model(mode, tmp_path):
     model, _ = deviation()
     empty = model.save(tmp_path / "empty.npz")
@@ -552,24 +576,24 @@ def test_a_thousand_feedbacks_do_not_bloat_the_model(mode, tmp_path):
     for k in range(1000):
         record = a_situation(rng)
         said = Feedback("false alarm", int(record.source_ns[80]), int(record.source_ns[139]), "op", AT + k)
-        outcome = give_feedback(model, record, said, deviation_opener, policy=Policy(mode=mode, protected=0.3))
+        outcome = give_feedback(model, record, said, deviation_opener, policy=Policy(mode=mode, beyond=0.3))
         actions.append(outcome.action)
         model = outcome.model
         if k % 50 == 0 or k == 999:
             allowances = Allowances.of(model)
             balls = max(balls, allowances.n_balls if allowances else 0)
-            assert len(model.deltas) <= fb.MOST_DELTAS + 8
+            assert len(model.deltas) <= fold.MOST_DELTAS + 8
     counts = {action: actions.count(action) for action in actions}
-    assert counts["adapted"] >= (fb.MOST_DELTAS if mode == "paper" else 20), counts
+    assert counts["adapted"] >= (fold.MOST_DELTAS if mode == "paper" else 20), counts
     assert mode == "paper" or counts["refused"] > 100  # nobody has reviewed them
-    assert balls <= fb.TOTAL_BALLS + fb.FOLDED_BALLS  # and with it the time of a step
+    assert balls <= fold.TOTAL_BALLS + fold.FOLDED_BALLS  # and with it the time of a step
     model.save(tmp_path / "full.npz")
     grown = (tmp_path / "full.npz").stat().st_size - (tmp_path / "empty.npz").stat().st_size
     assert grown < 1_000_000 and model.model_id != empty
 
 
 def test_folding_keeps_what_was_learnt_and_says_that_it_cannot_be_undone(monkeypatch):
-    monkeypatch.setattr(fb, "MOST_DELTAS", 3)
+    monkeypatch.setattr(fold, "MOST_DELTAS", 3)
     model, (rows, _) = several_methods(), faulty("lorenz", "beta")
     first = first_alarm(model, rows, START)
     ids, spans, at = [], [], first
@@ -586,7 +610,7 @@ def test_folding_keeps_what_was_learnt_and_says_that_it_cannot_be_undone(monkeyp
             spans.append((start, min(start + 40, ROWS)))
         at = min(start + 40, ROWS - 1)
     assert len(ids) > 3, "this test needs more feedback than may be open"
-    own = [d for d in journal(model.normality) if d["label"] != fb.FOLDED]
+    own = [d for d in journal(model.normality) if d["label"] != FOLDED]
     assert [d["id"] for d in own] == ids[-3:]
     score = model.score(rows)
     for start, stop in spans:
@@ -596,11 +620,11 @@ def test_folding_keeps_what_was_learnt_and_says_that_it_cannot_be_undone(monkeyp
     back = model
     for one in ids[-3:]:
         back = back.without_feedback(one)
-    assert all(d["label"] == fb.FOLDED for d in journal(back.normality))
+    assert all(d["label"] == FOLDED for d in journal(back.normality))
 
 
 def test_unreviewed_adaptations_fill_up_and_then_an_engineer_is_asked(monkeypatch):
-    monkeypatch.setattr(fb, "MOST_DELTAS", 1)
+    monkeypatch.setattr(fold, "MOST_DELTAS", 1)
     model = plant_model("lorenz")
     rows_a, rows_b = faulty("lorenz", "beta")[0], faulty("lorenz", "sigma")[0]
     a = first_alarm(model, rows_a, START)
@@ -623,7 +647,7 @@ def test_the_forecast_counts_the_alerts_of_a_replay_before_and_after():
     record = model.record(rows)
     told = forecast(model.normality, adapted.normality, record, model.open)
 
-    def alerts(monitor: Monitor) -> int:
+    def alerts(monitor: RowMonitor) -> int:
         return sum(Engine([monitor]).step(frame)[0].raised for frame in frames_of(record))
 
     assert told.before == alerts(model.monitor()) > 0

@@ -20,8 +20,9 @@ from opcua_detector.app import fit_config, group_tags
 from opcua_detector.client.observer import Observer
 from opcua_detector.config import GroupConfig, load
 from opcua_detector.feedback import DAY_NS, journal
-from opcua_detector.feedback_desk import ANSWERED, EXPIRED, FORECAST, RecentRows
-from opcua_detector.feedback_live import parse
+from opcua_detector.feedback.desk import ANSWERED, EXPIRED, FORECAST
+from opcua_detector.feedback.hmi import parse
+from opcua_detector.feedback.recent import RecentRows
 from opcua_detector.model import load as load_model
 from opcua_detector.nodes import State
 from opcua_detector.service import Service
@@ -172,14 +173,14 @@ async def test_the_command_line_reaches_the_running_service_and_undo_gives_the_f
 async def test_what_nobody_confirmed_expires_while_the_service_runs(
     file: Path, plant: RunningPlant, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("opcua_detector.feedback_live.EXPIRE_S", 0.2)
+    monkeypatch.setattr("opcua_detector.feedback.live.EXPIRE_S", 0.2)
     async with running(file) as service:
         run, before = service.runs["lorenz"], service.runs["lorenz"].monitor.model.model_id
         async with broken(plant.endpoint, service):
             await put(plant.endpoint, Feedback="false alarm")
             await until(lambda: run.monitor.model.model_id != before, "the swap")
         now_ns = time.time_ns()
-        monkeypatch.setattr("opcua_detector.feedback_live.time.time_ns", lambda: now_ns + 8 * DAY_NS)
+        monkeypatch.setattr("opcua_detector.feedback.live.time.time_ns", lambda: now_ns + 8 * DAY_NS)
         await until(lambda: run.monitor.model.model_id == before, "the first model")
     with Store.open(load(file).store.path, readonly=True) as store:
         assert len(store.audit(EXPIRED)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ LEVELS = {
     "detectors": 2, "calibration": 2, "columns": 2, "frames": 2, "plugins": 2, "testing": 3,
     "limits": 2, "views": 2, "metrics": 2, "guards": 2, "allowances": 3, "feedback": 4, "evaluation": 5, "report": 6,
     "alarms": 3, "explain": 3, "model": 3, "engine": 4, "reasons": 4, "fitting": 4,
-    "parts": 4, "parts_fit": 4, "parts_explain": 4,
+    "parts": 4,
     "client": 5, "store": 5, "registry": 5, "csv_rows": 5,
-    "app": 6, "feedback_desk": 6, "feedback_live": 6, "service": 6, "detector": 7, "samples": 0, "__version__": 0,
+    "app": 6, "service": 6, "telemetry": 6, "support": 6,
+    "detector": 7, "samples": 0, "__version__": 0,
+    "feedback.desk": 6, "feedback.live": 6, "feedback.hmi": 6,  # what in a service answers feedback
     "cli": 7, "__main__": 8,
     "__init__": 8,  # the front door: it imports the detector only when that is asked for (see the tests below)
 }
@@ -50,7 +53,13 @@ def imported(path: Path) -> set[str]:
 
 def part_of(path: Path) -> str:
     """Return the part of the architecture a runtime file belongs to."""
-    return path.relative_to(RUNTIME).with_suffix("").parts[0]
+    return level_key(".".join(path.relative_to(RUNTIME).with_suffix("").parts))
+
+
+def level_key(dotted: str) -> str:
+    """Return the key in `LEVELS` of a module below the package: a room of its own, or its part."""
+    room = ".".join(dotted.split(".")[:2])
+    return room if room in LEVELS else dotted.split(".")[0]
 
 
 @pytest.mark.parametrize("path", sources(RUNTIME), ids=lambda p: str(p.relative_to(ROOT)))
@@ -60,7 +69,7 @@ def test_imports_go_down_only(path: Path) -> None:
     for name in imported(path):
         if not name.startswith("opcua_detector."):
             continue
-        other = name.split(".")[1]
+        other = level_key(name.removeprefix("opcua_detector."))
         if other == part:
             continue
         assert part not in ALONE, f"{path}: kernels import nothing of ours, found {name}"
@@ -74,7 +83,7 @@ def test_imports_go_down_only(path: Path) -> None:
 
 @pytest.mark.parametrize(("library", "homes"), [
     ("asyncua", ("client", "server")), ("pydantic", ("config",)), ("sqlite_utils", ("store",)),
-    ("onnxruntime", ("detectors",)), ("typer", ("cli",)), ("torch", ()),
+    ("onnxruntime", ("detectors",)), ("typer", ("cli",)), ("torch", ()), ("prometheus_client", ("telemetry",)),
 ])
 def test_each_library_has_its_room(library: str, homes: tuple[str, ...]) -> None:
     for path in sources(RUNTIME):
@@ -113,3 +122,9 @@ def test_import_of_the_package_is_light() -> None:
     code = f"import sys, opcua_detector; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_folder_of_code_is_shipped() -> None:
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {p.parent for root in ("opcua_detector", "sim_server") for p in sources(ROOT / root)}
+    assert {".".join(p.relative_to(ROOT).parts) for p in folders} <= set(shipped)

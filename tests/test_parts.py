@@ -22,17 +22,19 @@ from opcua_detector.model import load
 from opcua_detector.nodes import EXPLANATION_CHARS
 from opcua_detector.parts import (
     KINDS,
+    MIN_PARTS,
     Cycle,
+    PartCause,
     PartJudge,
     PartModel,
     PartMonitor,
     cut_record,
     feature_kinds,
+    fit_parts,
     is_part_model,
     part_scores,
+    part_sentence,
 )
-from opcua_detector.parts_explain import PartCause, part_sentence
-from opcua_detector.parts_fit import MIN_PARTS, fit_parts
 
 PERIOD_NS = 100_000_000
 COUNTER = Cycle("count")

@@ -8,53 +8,25 @@ from __future__ import annotations
 import json
 import tracemalloc
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from numpy.testing import assert_array_equal
-from running import PLANT, cli, wait_for
+from presses import CYCLES, FIT_ROWS, HOUR_ROWS, PERIOD_NS, TAGS, configuration, fitted, press
+from running import cli, wait_for
 
 from opcua_detector.api import (
     BAD_NO_COMMUNICATION,
     BAD_WAITING_FOR_INITIAL_DATA,
     GOOD,
     UNCERTAIN_SUB_NORMAL,
-    Record,
-    Tag,
-    TagKind,
 )
 from opcua_detector.csv_rows import write_csv
 from opcua_detector.engine import AlertSettings, Engine, frames_of
-from opcua_detector.parts import Cycle, PartMonitor, part_scores
-from opcua_detector.parts_explain import PartCause
-from opcua_detector.parts_fit import fit_parts
+from opcua_detector.parts import PartCause, PartMonitor, fit_parts, part_scores
 from opcua_detector.store import Store
-from sim_server.processes import Fault, make
-
-PERIOD_NS = 10_000_000
-TAGS = (Tag("position", unit="mm"), Tag("force", unit="kN"), Tag("temperature", unit="degC"),
-        Tag("cycle", kind=TagKind.COUNTER), Tag("in_cycle", kind=TagKind.STATE))
-FIT_ROWS, HOUR_ROWS = 60_000, 360_000
-CYCLES = {
-    "counter": Cycle("cycle"), "signal": Cycle("in_cycle", "rising"), "stroke": Cycle("in_cycle", "rising", "back")}
-
-
-@cache
-def press(n, first, faults=(), seed=1, noise=0.01):
-    """Rows first ... first + n - 1 of one press."""
-    plant = make("press", seed=seed, noise=noise)
-    plant.simulate(first)
-    block = plant.simulate_block(n, faults)
-    return Record.from_rows(block.measured, TAGS, PERIOD_NS, truth=block.labels)
-
-
-@cache
-def fitted(cycle="counter", seed=1):
-    """The model of 10 healthy minutes."""
-    return fit_parts("press", press(FIT_ROWS, 0, seed=seed), CYCLES[cycle])[0]
+from sim_server.processes import Fault
 
 
 def monitor(cycle="counter", seed=1, **alert):
@@ -75,8 +47,9 @@ class Streamed:
             verdict = engine.step(frame)[0]
             self.score[i], self.status[i], self.alert[i] = verdict.score, verdict.status, verdict.alert
             self.quality.append(verdict.quality)
-            if one.part_ended:
-                self.parts.append((i, one.last_part()))
+            part = one.ended_part()
+            if part is not None:
+                self.parts.append((i, part))
             if verdict.raised:
                 self.raised.append(i)
                 self.told.append(one.explain(one.snapshot()))
@@ -355,21 +328,6 @@ def replace_frame(frame):
 
 
 # -- from the command line ------------------------------------------------------------------------------------------
-
-
-def configuration(folder, cycle, **monitor_keys):
-    """A configuration of the press, as a file."""
-    tags = [{"name": tag.name, "node": f"{PLANT}press.{tag.name}", "kind": tag.kind.value, "unit": tag.unit}
-            for tag in TAGS]
-    content = {
-        "version": 1,
-        "servers": [{"name": "plant", "endpoint": "opc.tcp://127.0.0.1:1/", "policy": "None", "insecure": True}],
-        "groups": [{"name": "press", "server": "plant", "period": "10 ms", "tags": tags}],
-        "monitors": [{"name": "press", "group": "press", "cycle": cycle, "off_delay": "0 s", **monitor_keys}],
-    }
-    file = folder / "press.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return file
 
 
 def test_fit_replay_and_models_from_csv(tmp_path: Path):

@@ -13,21 +13,31 @@ import opcua_detector
 from opcua_detector import config as configuration
 from opcua_detector.api import GOOD, UNCERTAIN_SUB_NORMAL, Record, Tag, TagKind
 from opcua_detector.app import fit_config, monitor_tags, open_monitor, out_of_maintenance, registry_of
-from opcua_detector.engine import AlertSettings, Monitor, frames_of
+from opcua_detector.engine import AlertSettings, RowMonitor, frames_of
 from opcua_detector.errors import ConfigError, RecordError
 from opcua_detector.fitting import fit_monitor, lasting
 from opcua_detector.registry import Registry
-from sim_server.processes import Fault, make
+from sim_server.processes import make
+from tests.benchmarks.bench_suspicious import (
+    ROWS,
+    SENSOR,
+    START,
+    STOP,
+    meets,
+    record_with,
+    sensor_fault,
+    stretches,
+)
+from tests.fault_plants import LOOP, loop_rows
 
 AUTO = ("regression", "transition", "checks")
 
 
-def rows_of(name, n, seed, *faults, noise=0.0):
+def rows_of(name, n, seed):
     """(rows, names, period in seconds) of a simulated plant after 1000 rows."""
-    plant = make(name, seed=seed, noise=noise)
+    plant = make(name, seed=seed)
     plant.simulate(1000)
-    names = [tag.name for tag in plant.model.measured]
-    return plant.simulate_block(n, faults).measured, names, plant.model.period_ns / 1e9
+    return plant.simulate(n), [tag.name for tag in plant.model.measured], plant.model.period_ns / 1e9
 
 
 def linear_rows(n, seed):
@@ -99,66 +109,85 @@ def test_a_faulty_tag_is_not_taken_for_a_changed_one(kind):
     seen = run(model.monitor(), np.round(fresh, 4))
     alarm = [row[0] for row in seen]
     assert not any(alarm[:2000]) and any(alarm[2000:]) and np.mean(alarm[5000:]) > 0.5
-    assert {row[3] for row in seen[100:]} == {"Good"}
+    told = {row[3] for row in seen[100:]} - {"Good"}
+    assert not told or (kind == "stuck" and all(one.startswith("t3 masked: stands still at 1.2300") for one in told))
 
 
 # -- a near-constant tag ----------------------------------------------------------------------------------------
 
 
-def test_a_tag_that_moves_by_one_step_now_and_then_does_not_alarm_when_it_moves_more_often():
-    rng = np.random.default_rng(0)
-    rows = np.column_stack([linear_rows(12_000, 3)[:, :3], 20 + 0.1 * (rng.random(12_000) < 0.002)])
+def steps_of(n, share, levels, seed):
+    """Three tags that hang together and one of 20 that is now and then one of so many steps of 0.1 above."""
+    rng = np.random.default_rng(seed)
+    above = rng.integers(1, levels + 1, n) * (rng.random(n) < share)
+    return np.column_stack([linear_rows(n, seed)[:, :3], np.round(20 + 0.1 * above, 1)])
+
+
+def test_a_tag_that_moves_by_two_steps_now_and_then_does_not_alarm_when_it_moves_more_often():
+    rows = steps_of(12_000, 0.002, 2, 3)
     model = opcua_detector.fit(rows, ["a", "b", "c", "still"], 1.0)
     scale = {(c.tag, c.kind): s for c, s in zip(model.normality.calibration.channels,
                                               model.normality.calibration.scale[0], strict=True)}
     assert scale["still", "forecast"] == pytest.approx(0.1 / rows[:, 3].std(), rel=1e-6)
-    fresh = np.column_stack([linear_rows(6000, 5)[:, :3], 20 + 0.1 * (rng.random(6000) < 0.3)])
-    assert not any(row[0] for row in run(model.monitor(), fresh))
+    assert not any(row[0] for row in run(model.monitor(), steps_of(6000, 0.3, 2, 5)))
+
+
+def test_a_tag_that_flickers_in_its_last_digit_is_learnt_by_no_method_and_does_not_alarm():
+    model = opcua_detector.fit(steps_of(12_000, 0.002, 1, 3), ["a", "b", "c", "still"], 1.0)
+    assert model.report.excluded == {"still": "moved by no more than one step of its resolution, 20 to 20.1: not "
+                                              "learnt; record a time in which it moves, or leave it out"}
+    learnt = {c.kind for c in model.normality.calibration.channels if c.column == "still"}
+    assert "still" not in model.normality.methods[0].columns and learnt <= {"range", "rate", "stuck"}
+    assert not any(row[0] for row in run(model.monitor(), steps_of(6000, 0.3, 1, 5)))
 
 
 # -- a fault inside the healthy record --------------------------------------------------------------------------
 
-N, START, STOP = 12_000, 6000, 6600
-LINEAR = {
-    "bias": lambda x, s: x + 2 * s, "gain": lambda x, s: 1.5 * x, "stuck": lambda x, s: np.full(len(x), x[0]),
-    "noise": lambda x, s: x + s * np.random.default_rng(7).standard_normal(len(x)),
-    "drift": lambda x, s: x + np.linspace(0, 4, len(x)) * s,
-}
+
+@pytest.mark.parametrize(("plant", "fault"), [
+    ("lorenz", "beta"), ("lorenz", "sigma"), ("lorenz", "rho"), ("throttle", "Kb"), ("throttle", "Kt"),
+    ("throttle", "La"), ("lorenz", "bias"), ("throttle", "drift")])
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_fit_names_the_interval_of_a_fault_in_the_healthy_record(plant, fault, noise):
+    """The whole measurement: `bench_suspicious`."""
+    found = stretches(*record_with(plant, noise, 1, fault))
+    assert found and all(meets(start, stop) for start, stop, _, _ in found)
 
 
-def named(rows, names, period):
-    report = opcua_detector.fit(rows, names, period).report
-    return [(round(a / 1e9 / period), round(b / 1e9 / period)) for a, b, _, _ in report.suspicious]
-
-
-@pytest.mark.parametrize(("name", "fault"), [
-    ("lorenz", ("beta", 1.25)), ("lorenz", ("sigma", 2 / 3)), ("lorenz", ("rho", 26 / 28)),
-    ("throttle", ("Kb", 1.3)), ("throttle", ("Kt", 1.3))])
-def test_fit_names_the_interval_of_a_faulty_plant_in_the_healthy_record(name, fault):
-    found = named(*rows_of(name, N, 1, Fault(*fault, START, STOP)))
-    assert found and all(START - 50 <= a <= START + 200 and STOP - 100 <= b <= STOP + 150 for a, b in found)
-
-
-@pytest.mark.parametrize("kind", LINEAR)
-@pytest.mark.parametrize("plant", ["linear", "lorenz", "throttle"])
-def test_fit_names_the_interval_of_a_faulty_sensor_in_the_healthy_record(plant, kind):
-    if plant == "linear":
-        rows, names, period = linear_rows(N, 1), [f"t{i}" for i in range(10)], 1.0
-    else:
-        rows, names, period = rows_of(plant, N, 1)
-    rows[START:STOP, 0] = LINEAR[kind](rows[START:STOP, 0], rows[:, 0].std())
-    found = named(rows, names, period)
-    assert found and all(START - 50 <= a <= START + 400 and STOP - 100 <= b <= STOP + 150 for a, b in found)
+@pytest.mark.parametrize("kind", SENSOR)
+def test_fit_names_the_interval_of_a_faulty_sensor_of_a_linear_plant(kind):
+    rows = linear_rows(ROWS, 1)
+    rows[START:STOP, 0] = sensor_fault(kind, rows[START:STOP, 0], rows[:, 0].std(), 7)
+    found = stretches(rows, [f"t{i}" for i in range(10)], 1.0)
+    assert found and all(meets(start, stop) for start, stop, _, _ in found)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
-@pytest.mark.parametrize("plant", ["linear", "lorenz", "throttle"])
+@pytest.mark.parametrize("plant", ["linear", "loop", "lorenz", "throttle"])
 def test_a_clean_record_names_nothing(plant, noise):
-    for seed in (2, 3):
+    for seed in (2, 4):  # held out alone, the first noise-free Lorenz record of seed 4 has a stretch far off
         if plant == "linear":
-            assert named(linear_rows(N, seed), [f"t{i}" for i in range(10)], 1.0) == []
+            assert stretches(linear_rows(ROWS, seed), [f"t{i}" for i in range(10)], 1.0) == []
+        elif plant == "loop":
+            assert stretches(loop_rows(ROWS, seed, noise), [tag.name for tag in LOOP], 1.0) == []
         else:
-            assert named(*rows_of(plant, N, seed, noise=noise)) == []
+            assert stretches(*record_with(plant, noise, seed)) == []
+
+
+def test_a_record_whose_states_respond_each_in_its_own_way_names_nothing():
+    """A recipe of 5 % of the record: with the state tag it is a state, without it a stretch unlike the rest."""
+    rng = np.random.default_rng(0)
+    recipe = np.where((np.arange(ROWS) >= START) & (np.arange(ROWS) < STOP), 2.0, 1.0)
+    x = np.zeros((ROWS, 2))
+    for t in range(1, ROWS):
+        x[t, 0] = 0.95 * x[t - 1, 0] + rng.standard_normal()
+        x[t, 1] = 0.5 * x[t - 1, 1] + (0.5 if recipe[t] == 1 else -0.5) * x[t - 1, 0] + 0.3 * rng.standard_normal()
+    rows, tags = np.column_stack([x, recipe]), ["a", "b", "recipe"]
+    without = opcua_detector.fit(x, tags[:2], 1.0).report
+    assert any(view == "response/b" and meets(round(start / 1e9), round(stop / 1e9))
+               for start, stop, _, view in without.suspicious)
+    with_state = opcua_detector.fit(rows, tags, 1.0, params={"state_tag": "recipe"}).report
+    assert with_state.suspicious == () and set(with_state.coverage) == {1, 2}
 
 
 def test_lasting_is_three_quarters_of_a_window_above_the_bar():
@@ -203,7 +232,7 @@ def recipe_model():
 def recipe_monitor():
     model, registry = recipe_model()[0], Registry()
     methods = [registry.get(m.plugin).open(m, model.plan.columns) for m in model.methods]
-    return Monitor("plant", model, methods, STATES, AlertSettings(settling_ns=SETTLING_NS))
+    return RowMonitor("plant", model, methods, STATES, AlertSettings(settling_ns=SETTLING_NS))
 
 
 def states_run(record):

@@ -14,7 +14,7 @@ import pytest
 
 from opcua_detector import fit
 from opcua_detector.api import Record, Tag, TagKind
-from opcua_detector.engine import AlertSettings, Monitor, frames_of
+from opcua_detector.engine import AlertSettings, RowMonitor, frames_of
 from opcua_detector.fitting import fit_monitor
 from opcua_detector.registry import Registry
 from tests.benchmarks.public_data import data_folder, public_cases
@@ -62,7 +62,8 @@ def test_healthy_runs_of_the_same_recipe_hardly_alarm(state_tag, most):
     model, report = mill_model(state_tag)
     registry, live = Registry(), runs(OTHER_SLOW)
     methods = [registry.get(m.plugin).open(m, model.plan.columns) for m in model.methods]
-    monitor = Monitor("mill", model, methods, live.tags, AlertSettings(settling_ns=10 * PERIOD_NS if state_tag else 0))
+    settings = AlertSettings(settling_ns=10 * PERIOD_NS if state_tag else 0)
+    monitor = RowMonitor("mill", model, methods, live.tags, settings)
     raised = silent = 0
     texts = set()
     for frame in frames_of(live):

@@ -1,7 +1,7 @@
 """The command line `opcua-detector`: one file per group of commands, shared manners in `terminal`.
 
 Exit codes: 0 done; 1 unexpected failure; 2 configuration or usage; 3 record of rows; 4 model or plugin;
-5 store; 6 server or access; 7 node; 8 simulator; 9 a check or demonstration found something wrong;
+5 store; 6 server or access; 7 node; 8 simulator; 9 a check, doctor or demonstration found something wrong;
 130 interrupted.
 """
 
@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DetectorError
-from . import assess, demo, feedback, offline, online
+from . import assess, demo, doctor, feedback, offline, online, support
 from .terminal import EXIT_INTERRUPTED, err, fail
 
 TRACEBACK = "OPCUA_DETECTOR_TRACEBACK"  # set to 1: an unexpected failure shows where it happened
@@ -33,7 +33,7 @@ Exit codes:
   6    server or access
   7    node
   8    simulator
-  9    check or demo found something wrong
+  9    check, doctor or demo found something wrong
   130  interrupted
 
 Results go to stdout, progress and errors to stderr.
@@ -63,6 +63,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (online.sim, "Run the simulated plant, a real OPC UA server."),
     (online.browse, "Show the tree of a server, or make a configuration of it."),
     (online.check, "Check config, connections, nodes, types and rights."),
+    (doctor.doctor, "Examine servers and measure what they deliver."),
     (online.record, "Record rows into the store, for fit and replay."),
     (offline.fit, "Learn what is normal from a healthy record."),
     (online.run, "Run the monitors: the service itself."),
@@ -72,10 +73,13 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (offline.models, "List the models of a config."),
     (offline.nodeset, "Write the NodeSet2 file with the result nodes."),
     (offline.schema, "Print the JSON Schema of the configuration."),
+    (support.backup, "Back up configuration, models and store."),
+    (support.restore, "Put a backup back."),
 )
 for function, words in COMMANDS:
     own: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True} if function is online.sim else {}
     app.command(short_help=words, context_settings=own, add_help_option=function is not online.sim)(function)
+app.command("support-bundle", short_help="Collect what support needs, without secrets.")(support.support_bundle)
 app.add_typer(feedback.app, name="feedback", short_help="Tell what an alert was; review what was made of it.")
 
 

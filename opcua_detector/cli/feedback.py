@@ -15,8 +15,8 @@ from .. import config as configuration
 from ..app import model_path
 from ..config import Config
 from ..errors import ConfigError, StoreError
-from ..feedback import LABELS, Policy, journal, undo
-from ..feedback_desk import ANSWERED, CONFIRM, EXPIRED, FORECAST, UNDO, Answer, Desk
+from ..feedback import LABELS, journal, undo
+from ..feedback.desk import ANSWERED, CONFIRM, EXPIRED, FORECAST, UNDO, Answer, Desk
 from ..model import load as load_model
 from ..store import FeedbackEntry, Store
 from .terminal import AsJson, ConfigFile, clock, err, interval_ns, out, print_json, show, table
@@ -185,7 +185,7 @@ def _ask(config: Config, config_file: Path, entry: FeedbackEntry, wait: float) -
             raise
         return _ask_service(config, entry, wait)
     with store:
-        desk = Desk(config, config_file, store, policy=Policy())
+        desk = Desk(config, config_file, store)
         answered: Answer | None = None
         number = store.record_feedback(entry)
         desk.expire(time.time_ns())

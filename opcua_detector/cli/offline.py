@@ -24,7 +24,6 @@ from ..explain import counterfactual_sentence
 from ..frames import record_from_columns
 from ..model import load as load_model
 from ..nodes import TOP, nodeset_xml
-from ..parts import PartMonitor, as_part_monitor
 from ..store import Store
 from .terminal import (
     AsJson,
@@ -243,9 +242,7 @@ def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None, 
                                        counterfactual_sentence(tag, without, verdict.score)
                                        for tag, without in told.counterfactual],
                                    "causes": [asdict(cause) for cause in told.causes[:TOP]]})
-                judge = as_part_monitor(monitors[m])
-                if judge is not None and judge.part_ended:
-                    _add_part(results[m], judge)
+                _add_part(results[m], monitors[m])
                 if verdict.alert and verdict.score > alerts[-1]["peak_score"]:
                     alerts[-1]["peak_score"] = verdict.score
                 if verdict.cleared:
@@ -262,9 +259,11 @@ def _replay_group(record: Record, monitors: list[Monitor], scores: Path | None, 
     return [plain(result) for result in results]
 
 
-def _add_part(result: dict[str, Any], monitor: PartMonitor) -> None:
-    """Add the verdict on the part that just ended; the alert that it ends with is told by the first whole part."""
-    part = monitor.last_part()
+def _add_part(result: dict[str, Any], monitor: Monitor) -> None:
+    """Add the verdict on a part that just ended; the alert that it ends with is told by the first whole part."""
+    part = monitor.ended_part()
+    if part is None:
+        return
     result.setdefault("parts", []).append({
         "part": part.number, "from": clock(part.begin_ns), "to": clock(part.end_ns), "score": part.score,
         "top_tag": part.top_tag, "phase": part.phase, "explanation": part.sentence})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import subprocess
 import sys
@@ -24,24 +25,42 @@ from ..client import (
     BrowsedNode,
     Finding,
     GroupFeed,
+    Mark,
     Session,
+    examine_server,
+    finding_of,
     oldest_ns,
-    problem_of,
     raise_findings,
     read_history,
     recent_values,
     walk,
 )
 from ..config import Config, GroupConfig, ServerConfig
-from ..errors import ConfigError, ConnectionProblem, DetectorError, NodeProblem, RecordError, SimulatorError
+from ..errors import ConfigError, DetectorError, NodeProblem, RecordError, SimulatorError
 from ..frames import iso_utc
 from ..model import load as load_model
 from ..nodes import STATE_TEXTS, TOP
 from ..service import Service, check_nodes, retention_of
 from ..store import Store
+from ..telemetry import Redactor, configure_logging
+from .doctor import open_sessions
 from .emit import config_text, is_result, period_of, proposals
 from .live import run_view, tree_lines
-from .terminal import EXIT_FOUND, AsJson, ConfigFile, MonitorName, err, fail, log_lines, out, print_json, progress_bar
+from .terminal import (
+    EXIT_FOUND,
+    AsJson,
+    ConfigFile,
+    Lines,
+    MonitorName,
+    err,
+    fail,
+    log_lines,
+    out,
+    print_json,
+    progress_bar,
+)
+
+log = logging.getLogger(__name__)
 
 MISSING_SHARE = 0.01  # of the rows of a history: below it the edges of the range explain it
 _T = TypeVar("_T")
@@ -229,24 +248,13 @@ def _check_models(config: Config, config_file: Path) -> list[Finding]:
 
 
 async def _check_servers(config: Config) -> list[Finding]:
-    sessions: dict[str, Session] = {}
-    findings: list[Finding] = []
-    try:
-        for item in config.servers:
-            session = Session(item)
-            try:
-                await session.open()
-                sessions[item.name] = session
-            except ConnectionProblem as error:
-                findings.append(problem_of(error))
-            except DetectorError as error:
-                findings.append(Finding(error.where, error.what, error.next_step))
-        findings += await check_nodes(config, sessions, [g.name for g in config.groups],
-                                      [m for m in config.monitors if m.outputs])
-    finally:
+    """Check connections, what the servers can do, and all nodes; what is as it should be is left out."""
+    async with open_sessions(config) as (sessions, told):
         for session in sessions.values():
-            await session.close()
-    return findings
+            told += (await examine_server(session, config.groups)).diagnoses
+        findings = [finding_of(one) for one in told if one.mark is not Mark.OK and one.what != "security"]
+        return findings + await check_nodes(config, sessions, [g.name for g in config.groups],
+                                            [m for m in config.monitors if m.outputs])
 
 
 # --- record --------------------------------------------------------------------------------------------------------
@@ -334,11 +342,12 @@ def run(
     Ctrl-C or SIGTERM ends it: the nodes then say State "stopped".
     """
     config = configuration.load(config_file)
-    log_lines()
+    configure_logging(form=config.log.format, level=config.log.level, redactor=Redactor.of(config),
+                      text_handler=Lines(), file=config.log.file, file_bytes=config.log.size)
     facts = run_async(_run(config, config_file, monitor or (), seconds, dry_run))
     for name, item in facts["monitors"].items():
-        err.print(f"{name}: {item['scored']} rows scored, {_count(len(item['alerts']), 'alert')}, "
-                  f"{item['superseded_writes']} writes superseded", markup=False)
+        _say(config, f"{name}: {item['scored']} rows scored, {_count(len(item['alerts']), 'alert')}, "
+                  f"{item['superseded_writes']} writes superseded")
     if as_json:
         print_json(facts)
 
@@ -350,9 +359,10 @@ async def _run(config: Config, config_file: Path, only: Sequence[str], seconds: 
         await service.start()
     try:
         began = time.monotonic()
-        err.print(_what_runs(service, dry_run), markup=False)
+        _say(config, _what_runs(service, dry_run))
         until = began + seconds if seconds else float("inf")
-        with Live(console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
+        shown = err.is_terminal and config.log.format == "text"
+        with Live(console=err, auto_refresh=False) if shown else nullcontext() as live:
             while not stop.is_set() and time.monotonic() < until:
                 if live is not None:
                     live.update(run_view(service, time.monotonic() - began), refresh=True)
@@ -361,6 +371,14 @@ async def _run(config: Config, config_file: Path, only: Sequence[str], seconds: 
     finally:
         await service.stop("stopped")
     return facts
+
+
+def _say(config: Config, text: str) -> None:
+    """Tell a person on stderr; where machines read the log there, as a line of it."""
+    if config.log.format == "json":
+        log.info("%s", text, extra={"event": "run"})
+    else:
+        err.print(text, markup=False)
 
 
 def _what_runs(service: Service, dry_run: bool) -> str:

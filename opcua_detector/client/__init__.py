@@ -21,8 +21,11 @@ asyncua stay inside this package.
 """
 
 from .browse import BrowsedNode, recent_values, walk
+from .clock import ClockOffset, ClockWatch, measure_clock
+from .doctor import Diagnosis, Examined, Mark, diagnosis_of, examine_server, finding_of
 from .feed import GroupFeed
 from .history import oldest_ns, read_history
+from .measure import measure_group, measure_write
 from .nodes import Finding, check_outputs, check_tags, problem_of, raise_findings
 from .session import LinkState, Session
 from .subscription import Item, Revised, Subscription
@@ -30,16 +33,27 @@ from .writeback import WriteBack
 
 __all__ = [
     "BrowsedNode",
+    "ClockOffset",
+    "ClockWatch",
+    "Diagnosis",
+    "Examined",
     "Finding",
     "GroupFeed",
     "Item",
     "LinkState",
+    "Mark",
     "Revised",
     "Session",
     "Subscription",
     "WriteBack",
     "check_outputs",
     "check_tags",
+    "diagnosis_of",
+    "examine_server",
+    "finding_of",
+    "measure_clock",
+    "measure_group",
+    "measure_write",
     "oldest_ns",
     "problem_of",
     "raise_findings",

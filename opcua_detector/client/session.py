@@ -17,12 +17,11 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from asyncua import Client, ua
-from asyncua.crypto import security_policies
 from asyncua.ua.uaerrors import UaError
 
 from ..config import ServerConfig
 from ..errors import AccessRefused, ConnectionProblem, DetectorError, ServerUnreachable
-from . import pki, wire
+from . import pki, secure, wire
 from .publish import PublishPump
 from .waiting import end_tasks, farewell, within
 
@@ -107,6 +106,7 @@ class Session:
     state : LinkState
     namespaces : list of str; NamespaceArray of this connection
     counters : connects, reconnects, failed_attempts, lost
+    security : Security; policy, certificates and warnings of this connection
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Session:
         rng: random.Random | None = None,
     ) -> None:
         self.config = config
+        self.security = secure.Security(config)
         self.timeout_s = config.timeout / 1e9
         self.state = LinkState.CLOSED
         self.namespaces: list[str] = []
@@ -146,8 +147,7 @@ class Session:
     @property
     def where(self) -> str:
         """Name, endpoint and policy, as errors and logs show them."""
-        mode = "" if self.config.policy == "None" else f"/{self.config.mode}"
-        return f"server {self.config.name} at {self.config.endpoint} (policy {self.config.policy}{mode})"
+        return f"server {self.config.name} at {self.config.endpoint} ({self.security.text})"
 
     def limit(self, name: str) -> int:
         """Return the server's operation limit (`read`, `write`, `monitor`, `translate`, `history`)."""
@@ -267,6 +267,8 @@ class Session:
             return (
                 "give user and password_env (or password_file): the server does not take anonymous sessions"
             )
+        if name == "BadSecurityModeInsufficient" and self.config.user:
+            return "mode: SignAndEncrypt; in mode Sign the server takes the password unencrypted"
         if name.startswith("BadSecurityPolicy") or name.startswith("BadSecurityMode"):
             return "choose a policy and mode that the server offers"
         return (
@@ -372,10 +374,21 @@ class Session:
             raise
         self.counters["connects"] += 1
         self._set(LinkState.CONNECTED, "")
+        self._tell_security(first=self.counters["connects"] == 1)
         wire.on_closed(client, partial(self._socket_lost, client))
         if not wire.is_open(client):
             self.fail("the server closed the connection", client)
         self._probe_task = asyncio.create_task(self._probe(client), name=f"probe {self.config.name}")
+
+    def _tell_security(self, *, first: bool = False) -> None:
+        """Log what there is to say of certificates and, once, that the server is not checked."""
+        if first and self.config.insecure:
+            log.warning("%s: connected with insecure: true, %s", self.where, self.security.unchecked)
+        elif first and self.security.server is not None:
+            about = self.security.server
+            log.info("%s: connected to %s, SHA-256 %s", self.where, about.name, about.fingerprint)
+        for text in self.security.news():
+            log.warning("%s: %s", self.where, text)
 
     def _socket_lost(self, client: Client, error: Exception | None) -> None:
         self.fail(f"the connection was closed ({error or 'by the server'})", client)
@@ -385,6 +398,11 @@ class Session:
         while self._client is client:
             await asyncio.sleep(PROBE_S)
             if self._client is not client:
+                return
+            self._tell_security()
+            reason = await self.security.withdrawn()
+            if reason:
+                self.fail(reason, client)
                 return
             try:
                 await within(client.nodes.server_state.read_value(), self.timeout_s)
@@ -401,55 +419,26 @@ class Session:
         client.name = client.description = "opcua-detector"
         client.product_uri = "urn:opcua-detector"
         client.session_timeout = 120_000
-        if config.user:
-            client.set_user(config.user)
-            client.set_password(config.password())
+        self.security.identify(client, self.where)
         if config.policy != "None":
-            await self._secure(client)
+            found = await self.discover()
+            await self.call(self.security.prepare(client, found, self.where), "load the certificates")
         await self.call(client.connect_socket(), "open the connection")
         try:
             await self._stage(client.send_hello(), "say hello")
             await self._stage(client.open_secure_channel(), "open a secure channel")
             await self._stage(wire.start_session(client), "create and activate a session")
+            client.set_password("")  # not needed any more, and in nobody's memory dump
         except BaseException:
             wire.abandon(client)
             raise
 
-    async def _secure(self, client: Client) -> None:
-        """Load certificates; the server's is the pinned one, or with `insecure: true` the one it shows."""
-        config = self.config
-        own = pki.own_certificate(config.pki)
-        client.application_uri = own.application_uri
-        mode = getattr(ua.MessageSecurityMode, config.mode)
-        policy = getattr(security_policies, f"SecurityPolicy{config.policy}")
-        if config.server_certificate is not None:
-            server = pki.read_certificate(
-                config.server_certificate, f"servers.{config.name}.server_certificate"
-            )
-        else:
-            server = await self._shown_certificate(policy.URI, mode)
-        await self.call(
-            client.set_security(policy, str(own.certificate), str(own.key), None, server, mode),
-            "load the certificates",
-        )
-
-    async def _shown_certificate(self, policy_uri: str, mode: ua.MessageSecurityMode) -> bytes:
-        offered = await self._endpoints()
-        for one in offered:
-            if one.SecurityPolicyUri == policy_uri and one.SecurityMode == mode and one.ServerCertificate:
-                return bytes(one.ServerCertificate)
-        raise AccessRefused(
-            "the server does not offer this policy and mode",
-            where=self.where,
-            next_step=f"choose among what it offers: {_offer_text(offered)}",
-        )
+    async def discover(self) -> secure.Discovery:
+        """Ask the server for its endpoints and its time, over a channel of its own; no login, nothing is checked."""
+        return await self.call(secure.discover(self.config.endpoint, self.timeout_s), "ask for the endpoints")
 
     async def _endpoints(self) -> list[Any]:
-        asker = Client(self.config.endpoint, timeout=self.timeout_s)
-        try:
-            return list(await self.call(asker.connect_and_get_server_endpoints(), "ask for the endpoints"))
-        finally:
-            wire.abandon(asker)
+        return list((await self.discover()).endpoints)
 
     async def _stage(self, request: Awaitable[Any], what: str) -> None:
         """Await one step of the log-in; a server that hangs up in it refuses policy or certificate."""
@@ -471,47 +460,18 @@ class Session:
             raise problem from error
 
     async def _refusal(self, what: str, error: Exception, problem: ConnectionProblem) -> ConnectionProblem:
-        """Find out why the server hung up: is the policy offered, the pinned certificate the one it shows?"""
+        """Find out why the server hung up: is the policy offered at all?"""
         try:
             offered = await self._endpoints()
         except ConnectionProblem:
             return problem  # gone altogether
-        config = self.config
-        fitting = [
-            one
-            for one in offered
-            if one.SecurityPolicyUri.endswith(f"#{config.policy}")
-            and (config.policy == "None" or one.SecurityMode == getattr(ua.MessageSecurityMode, config.mode))
-        ]
-        if not fitting:
-            return AccessRefused(
-                "the server does not offer this policy and mode",
-                where=self.where,
-                next_step=f"choose among what it offers: {_offer_text(offered)}",
-            )
-        if config.server_certificate is not None:
-            pinned = pki.read_certificate(
-                config.server_certificate, f"servers.{config.name}.server_certificate"
-            )
-            if all(bytes(one.ServerCertificate or b"") != pinned for one in fitting):
-                return AccessRefused(
-                    "the server shows another certificate than the one in server_certificate",
-                    where=self.where,
-                    next_step="make sure that this is your server, then put its present certificate there",
-                )
+        if not secure.fitting(offered, self.config):
+            return secure.not_offered(offered, self.where)
         return AccessRefused(
             f"{what}: the server hung up ({type(error).__name__})",
             where=self.where,
             next_step=self._access_step("BadCertificateUntrusted"),
         )
-
-
-def _offer_text(offered: list[Any]) -> str:
-    texts = {
-        f"{one.SecurityPolicyUri.rpartition('#')[2]}/{ua.MessageSecurityMode(one.SecurityMode).name.rstrip('_')}"
-        for one in offered
-    }
-    return ", ".join(sorted(texts)) or "nothing"
 
 
 async def _operation_limits(client: Client) -> dict[str, int]:
@@ -534,3 +494,4 @@ def _quiet_asyncua() -> None:
     logger = logging.getLogger("asyncua")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.CRITICAL + 1)
+    secure.hide_logins()  # whoever sets a level of their own must not find a password in the log

@@ -67,7 +67,7 @@ class Config(Section):
                 known(monitor.maintenance, tags_of[monitor.group], ("monitors", i, "maintenance"))
             if monitor.cycle:
                 known(monitor.cycle.tag, tags_of[monitor.group], ("monitors", i, "cycle", "tag"))
-                for key in ("methods", "windows", "state_tag", "settling", "inhibit", "maintenance"):
+                for key in ("methods", "windows", "state_tag", "settling"):
                     if key in monitor.model_fields_set:
                         raise Wrong(f"no key '{key}' beside 'cycle': parts are judged as a whole, by their own method",
                                      ("monitors", i, key))

@@ -33,7 +33,7 @@ from opcua_detector.errors import ModelTagsError, RecordError
 from opcua_detector.kernels.regression import SIGNED, STATE_HEADER, follow_rows, forget, score_rows
 
 _ONE_ROW: Final = 1
-_FACTS: Final = ("nonlinear_share", "feature_share")
+_FACTS: Final = ("nonlinear_share", "feature_share", "plant_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,9 @@ class RegressionPlugin:
         Notes
         -----
         The model's columns are those of the record, the ones that are not judged first. Its params hold, besides
-        the parameters, two facts about the judged columns that move at all: `nonlinear_share` of them keep the
-        correction, and for `feature_share` its features beat a linear map of the same longer past.
+        the parameters, facts about the judged columns that move at all: `nonlinear_share` of them keep the
+        correction, for `feature_share` its features beat a linear map of the same longer past, and for `plant_share`
+        the plant is to be judged as a nonlinear one (see `regression_fit.Correction.learn`).
 
         Arrays (d columns, j judged ones, m seen by each, h features of p inputs):
         mean, inverse, low, high float64[d], low and high scaled; partners int32[d, m];
@@ -102,6 +103,19 @@ class RegressionPlugin:
         correction float64[*, h + p + 1]; rms, inner, usual float64[2, j], held out, forecast and relation: scaled
         rms, that of the 95 % smallest errors, mean energy in the latter (see `regression_fit.energy`).
         """
+        return self._learn(record, params, described=True)
+
+    def fit_fold(self, record: Record, params: RegressionParams) -> MethodModel:
+        """Learn what `fit` learns for residuals; rms, inner and usual are NaN (see `calibration.held_out_residuals`).
+
+        Raises
+        ------
+        RecordError
+            As `fit`.
+        """
+        return self._learn(record, params, described=False)
+
+    def _learn(self, record: Record, params: RegressionParams, *, described: bool) -> MethodModel:
         names = [tag.name for tag in record.tags]
         inert = [tag.name for tag in record.tags if not tag.judged]
         if len(inert) == len(names):
@@ -109,7 +123,7 @@ class RegressionPlugin:
                 "no tag is judged", where=", ".join(names),
                 next_step="give the monitor at least one tag of kind measured, counter or angle")
         ordered = record.select([*inert, *(tag.name for tag in record.tags if tag.judged)])
-        arrays, facts = learn(ordered, params, len(inert))
+        arrays, facts = learn(ordered, params, len(inert), described=described)
         return MethodModel(
             plugin=self.name, columns=tuple(tag.name for tag in ordered.tags), period_ns=record.period_ns,
             params={**dataclasses.asdict(params), **facts}, arrays=arrays)

@@ -25,6 +25,7 @@ ALL_PARTNERS_UP_TO = 128
 PARTNERS = 64
 MIN_ROWS = 50
 CHUNK = 8192  # rows at a time: 8 lagged columns of 200 take 50 MB
+IN_CACHE = 512  # rows of features at a time
 FEW_COLUMNS = 16
 ENDS_PER_ROW = 4  # a run of rows shorter than this is summed whole
 HELD_OUT = 0.2
@@ -39,6 +40,10 @@ RIDGES = 10.0 ** np.arange(-10.0, 1.0)
 LEAST_CUT, MOST_LOSS, PLANT_SHARE = 0.10, 0.05, 0.5
 INNER = 0.95  # share of the held-out errors, the smallest ones, that decides
 OUTLIER, MOST_OUTLIERS, ROUNDS = 20.0, 0.05, 3
+# -- whether the plant is to be judged as a nonlinear one
+PIECES = 20  # of the held-out rows, for a standard error
+SURE = 2.0  # standard errors
+HEAVY = 3.0  # times the inner rms: normal errors have 1.15, those of a throttle whose setpoint jumps 7 and more
 SMALLEST_RMS = 1e-9
 MOST_ENERGY = 1000.0
 
@@ -84,17 +89,21 @@ class Layout(NamedTuple):
         return self.relation_entries(c)[: self.lags * m + int(self.seen_inert[c])]
 
 
-def learn(record: Record, params: Any, inert: int) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+def learn(
+    record: Record, params: Any, inert: int, *, described: bool = True,
+) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
     """Return the arrays of the model and facts: how many of the judged columns that move at all are nonlinear.
 
     `nonlinear_share` of them keep the correction; for `feature_share` its features do better than a linear map of
-    the same longer past.
+    the same longer past. `plant_share`: as far as the plant is to be judged as a nonlinear one, see `Found`.
 
     Parameters
     ----------
     record : healthy rows; the columns that are not judged come first
     params : RegressionParams
     inert : int, how many those are
+    described : whether the arrays that tell of errors (rms, inner, usual) are wanted; if not they are NaN, which saves
+        half of the work where there is no correction
 
     Raises
     ------
@@ -121,25 +130,27 @@ def learn(record: Record, params: Any, inert: int) -> tuple[dict[str, NDArray[An
     layout = make_layout(z, inert, params)
     first = int(rows.size * (1.0 - HELD_OUT))
     head, tail = gram(z, rows[:first], params.lags), gram(z, rows[first:], params.lags)
-    early = solve(head, first, layout, params)
     linear = solve(head + tail, rows.size, layout, params)
-    errors = held_out_errors(z, blocks(rows[first:], MOST_ROWS), layout, early)
+    early = solve(head, first, layout, params) if described or params.nonlinear != "off" else linear
     arrays: dict[str, NDArray[Any]] = {
         "mean": columns.mean, "inverse": columns.inverse,
         "low": _scaled(columns.low, columns), "high": _scaled(columns.high, columns),
         "partners": layout.partners.astype(np.int32), "forecast": linear.forecast, "relation": linear.relation,
     }
     correction = Correction(z, good, record, layout, params, columns.inverse[inert:] > 0.0)
-    nonlinear, curved, sharper = correction.learn(early.forecast, linear.forecast)
+    nonlinear, found = correction.learn(early.forecast, linear.forecast)
     arrays |= nonlinear
-    told = describe_errors(errors)
-    if sharper.size:
-        kept_at, told_sharper = arrays["corrected"] >= 0, describe_errors(sharper[None])
-        for name, figures in told.items():
-            figures[0, kept_at] = told_sharper[name][0]
-    arrays |= told
+    if described:
+        told = describe_errors(held_out_errors(z, blocks(rows[first:], MOST_ROWS), layout, early))
+        if found.errors.size:
+            kept_at, told_sharper = arrays["corrected"] >= 0, describe_errors(found.errors[None])
+            for name, figures in told.items():
+                figures[0, kept_at] = told_sharper[name][0]
+        arrays |= told
+    else:
+        arrays |= {name: np.full((2, d - inert), np.nan) for name in ("rms", "inner", "usual")}
     kept = float((arrays["corrected"] >= 0).sum() / max(1, correction.moving.sum()))
-    return arrays, {"nonlinear_share": kept, "feature_share": curved}
+    return arrays, {"nonlinear_share": kept, "feature_share": found.curved, "plant_share": min(kept, found.nonlinear)}
 
 
 def _scaled(x: Float64, columns: Columns) -> Float64:
@@ -276,8 +287,9 @@ def solve(total: Float64, n: int, layout: Layout, params: Any) -> Linear:
 def _ridge(total: Float64, seen: Int64, own: int, ridge: float) -> Float64:
     """Return the ridge regression of entry `own` of a Gram matrix on the entries `seen`.
 
-    By the Cholesky factor of both together, at half the cost of an LU solve; a matrix that rounding has made
-    indefinite (a ridge far below 1e-16 of the largest product) is left to the latter.
+    By the Cholesky factor of both together, at half the cost of an LU solve. A matrix that rounding has made indefinite
+    (a ridge far below 1e-16 of the largest product) gives the shortest of the solutions that are left, which is where
+    the ridge tends to as its weight falls; an LU solve refuses such a matrix, or amplifies rounding.
     """
     entries = np.append(seen, own)
     a = np.empty((entries.size, entries.size))
@@ -286,7 +298,7 @@ def _ridge(total: Float64, seen: Int64, own: int, ridge: float) -> Float64:
         factor = np.linalg.cholesky(a.T)
     except np.linalg.LinAlgError:
         b = total[np.ix_(seen, seen)] + ridge * np.eye(seen.size)
-        return np.asarray(np.linalg.solve(b, total[seen, own]), np.float64)
+        return np.asarray(np.linalg.lstsq(b, total[seen, own], rcond=None)[0], np.float64)
     weights = np.empty(seen.size)
     last_on_others(factor, weights)
     return weights
@@ -317,6 +329,22 @@ def energy(times: Float64) -> Float64:
     return np.where(square <= MOST_ENERGY, square, MOST_ENERGY * (1.0 + np.log(np.maximum(square, 1.0) / MOST_ENERGY)))
 
 
+class Found(NamedTuple):
+    """What was found while a correction was learnt; shares are of the judged columns that move at all.
+
+    errors : float64[m, k], held out, of the k columns that keep it
+    curved : share whose features beat a linear map of the same longer past
+    nonlinear : share for which the plant is to be judged as a nonlinear one (see `Correction.learn`)
+    """
+
+    errors: Float64
+    curved: float
+    nonlinear: float
+
+
+NOTHING = Found(np.zeros((0, 0)), 0.0, 0.0)
+
+
 class Correction:
     """The nonlinear part of the forecasts: random features of a longer past, fitted on what the linear part leaves.
 
@@ -341,11 +369,10 @@ class Correction:
         self.directions *= np.exp(rng.uniform(math.log(GAINS[0]), math.log(GAINS[1]), h))
         self.offsets = rng.uniform(-1.0, 1.0, h)
 
-    def learn(self, early: Float64, final: Float64) -> tuple[dict[str, NDArray[Any]], float, Float64]:
-        """Return the arrays, the share of columns that the features themselves help, and the errors held out.
+    def learn(self, early: Float64, final: Float64) -> tuple[dict[str, NDArray[Any]], Found]:
+        """Return the arrays, and what was found.
 
-        early, final : float64[j, f]; linear forecasts fitted on the first rows, and on all. The errors are
-        float64[m, k] of the k columns that keep the correction.
+        early, final : float64[j, f]; linear forecasts fitted on the first rows, and on all
 
         Notes
         -----
@@ -355,49 +382,60 @@ class Correction:
         A column keeps the correction where it cuts the held-out rms by a tenth. On a plant where half of them do so,
         it is enough that the 95 % smallest errors shrink by a tenth and the rms does not grow: there the rare large
         errors that nobody can foresee make up the rms.
+
+        A correction also sees a longer past with a lighter ridge, which alone helps a random walk or a resonance, and
+        these are linear. So the plant is a nonlinear one for a column only where its features beat a linear map of
+        the same past (by a tenth; of rows that leave what was learnt the typical error tells, not the mean square),
+        or where its errors have heavy tails: squares of those would be drowned by what nobody can foresee. The
+        throttle with 1 % noise is of the latter kind: beside the setpoint's jumps a linear map forecasts it as well.
         """
         nothing: dict[str, NDArray[Any]] = {
             "corrected": np.full(early.shape[0], -1), "directions": np.zeros((0, 0)), "offsets": np.zeros(0),
             "correction": np.zeros((0, 1))}
         mode, h = self.params.nonlinear, int(self.params.features)
         if mode == "off" or self.rows.size < (MIN_ROWS_NONLINEAR if mode == "auto" else MIN_ROWS):
-            return nothing, 0.0, np.zeros((0, 0))
+            return nothing, NOTHING
         first = int(self.rows.size * (1.0 - HELD_OUT))
         most = min(MOST_ROWS, MOST_ENTRIES // (h + self.inputs + 1))
         head = blocks(self.rows[:first], int(most * (1.0 - HELD_OUT)))
         tail = blocks(self.rows[first:], int(most * HELD_OUT))
         rows = np.concatenate([head, tail])
         design, left = self._design(rows), self._left(rows, early)
-        x, y, x_out, y_out = design[: head.size], left[: head.size], design[head.size :], left[head.size :]
-        ridge, error, weights = _path(x, y, x_out, y_out)
+        sums = Sums.of(design[: head.size], left[: head.size])
+        x_out, y_out = design[head.size :], left[head.size :]
+        ridge, error, weights = _path(sums, x_out, y_out)
         clear = (_rms(error) <= (1.0 - LEAST_CUT) * _rms(y_out)) & self.moving
         keep, outlier = clear, np.zeros(left.shape, bool)
         if mode == "on" or clear.sum() >= PLANT_SHARE * max(1, self.moving.sum()):
             for i in np.flatnonzero(self.moving):
                 one = slice(i, i + 1)
                 ridge[one], error[:, one], outlier[:, i] = _without_outliers(
-                    design, left[:, one], head.size, ridge[one], error[:, one], weights[:, one])
+                    design, left[:, one], head.size, sums.column(int(i)), ridge[one], error[:, one], weights[:, one])
             inner = _inner_rms(error) <= (1.0 - LEAST_CUT) * _inner_rms(y_out)
             keep = clear | (inner & (_rms(error) <= (1.0 + MOST_LOSS) * _rms(y_out)) & self.moving)
             keep = self.moving if mode == "on" else keep
         kept = np.flatnonzero(keep)
         if kept.size == 0:
-            return nothing, 0.0, np.zeros((0, 0))
-        _, plain, _ = _path(x[:, h:], y, x_out[:, h:], y_out)
+            return nothing, NOTHING
+        _, plain, _ = _path(sums.behind(h), x_out[:, h:], y_out)
         curved = self.moving & (_inner_rms(error) <= (1.0 - LEAST_CUT) * _inner_rms(plain))
+        heavy = _rms(error) >= HEAVY * _inner_rms(error)
+        nonlinear = self.moving & (curved | heavy | _typically_sharper(error, plain) | (mode == "on"))
+        moving = max(1, self.moving.sum())
         left = self._left(rows, final)
+        sums = Sums.of(design, left, sums.products + x_out.T @ x_out)
         whole = ~outlier[:, kept].any(axis=0)
         weights = np.empty((design.shape[1], kept.size))
-        weights[:, whole] = _weights(design, left[:, kept[whole]], ridge[kept[whole]])
+        weights[:, whole] = _weights(sums.columns(kept[whole]), ridge[kept[whole]])
         for k in np.flatnonzero(~whole):
-            used = ~outlier[:, kept[k]]
-            weights[:, [k]] = _weights(design[used], left[used][:, [kept[k]]], ridge[[kept[k]]])
+            used = sums.column(int(kept[k])).without(design, left[:, kept[[k]]], outlier[:, kept[k]])
+            weights[:, [k]] = _weights(used, ridge[[kept[k]]])
         weights[h + (self.behind - self.layout.lags) * self.layout.d : -1] += self._spread(final)[kept].T
         corrected = np.full(early.shape[0], -1)
         corrected[kept] = np.arange(kept.size)
         return {"corrected": corrected, "directions": self.directions, "offsets": self.offsets,
-                "correction": np.ascontiguousarray(weights.T)}, float(curved.sum() / max(1, self.moving.sum())), \
-            error[:, kept]
+                "correction": np.ascontiguousarray(weights.T)}, \
+            Found(error[:, kept], float(curved.sum() / moving), float(nonlinear.sum() / moving))
 
     def _design(self, rows: Int64) -> Float64:
         """Return float64[n, h + p + 1]: features, their inputs, 1; the expression of the kernel `features`."""
@@ -406,8 +444,10 @@ class Correction:
         out[:, h : h + past] = lagged(self.z, rows, self.behind, 1)
         out[:, h + past : -1] = self.z[rows, : self.layout.inert]
         out[:, -1] = 1.0
-        a = out[:, h:-1] @ self.directions + self.offsets
-        np.divide(a, np.sqrt(1.0 + a * a), out=out[:, :h])
+        for k in range(0, rows.size, IN_CACHE):
+            part = out[k : k + IN_CACHE]
+            a = part[:, h:-1] @ self.directions + self.offsets
+            np.divide(a, np.sqrt(1.0 + a * a), out=part[:, :h])
         return out
 
     def _spread(self, forecast: Float64) -> Float64:
@@ -427,14 +467,48 @@ class Correction:
         return out
 
 
+class Sums(NamedTuple):
+    """What a ridge regression needs of its rows.
+
+    products : float64[q, q], sum of x x'; targets : float64[q, j], sum of x y'; n : rows
+    """
+
+    products: Float64
+    targets: Float64
+    n: int
+
+    @classmethod
+    def of(cls, x: Float64, y: Float64, products: Float64 | None = None) -> Sums:
+        """Return the sums over rows x float64[n, q], y float64[n, j]; products, where they are known."""
+        return cls(x.T @ x if products is None else products, x.T @ y, x.shape[0])
+
+    def column(self, i: int) -> Sums:
+        """Return those of one target."""
+        return self.columns(np.array([i]))
+
+    def columns(self, at: Int64) -> Sums:
+        """Return those of some targets."""
+        return self._replace(targets=self.targets[:, at])
+
+    def behind(self, first: int) -> Sums:
+        """Return those of the inputs from `first` on."""
+        return self._replace(products=self.products[first:, first:], targets=self.targets[first:])
+
+    def without(self, x: Float64, y: Float64, rows: Bool) -> Sums:
+        """Return the sums less the rows marked in bool[n], a few of them: the others need not be summed again."""
+        out, target = x[rows], y[rows]
+        return Sums(self.products - out.T @ out, self.targets - out.T @ target, self.n - out.shape[0])
+
+
 def _without_outliers(
-    design: Float64, left: Float64, first: int, ridge: Float64, error: Float64, weights: Float64,
+    design: Float64, left: Float64, first: int, sums: Sums, ridge: Float64, error: Float64, weights: Float64,
 ) -> tuple[Float64, Float64, Bool]:
     """Fit one column again without the rows that nobody can foresee; return (ridge, errors held out, rows left out).
 
-    design : float64[n, q]; left : float64[n, 1]; the rows from `first` on are held out; ridge float64[1], error
-    float64[n - first, 1] and weights float64[q, 1] : the fit with all rows, which stays where it does better: large
-    errors may be approximation, not chance. It is judged by the inner errors, and the rms must not grow.
+    design : float64[n, q]; left : float64[n, 1]; the rows from `first` on are held out; sums : of the others;
+    ridge float64[1], error float64[n - first, 1] and weights float64[q, 1] : the fit with all rows, which stays where
+    it does better: large errors may be approximation, not chance. It is judged by the inner errors, and the rms must
+    not grow.
     """
     nothing = outlier = np.zeros(left.shape[0], bool)
     other_ridge, other_error = ridge, error
@@ -443,33 +517,44 @@ def _without_outliers(
         if not (found[:first] & ~outlier[:first]).any():
             break
         outlier = found
-        used = np.flatnonzero(~outlier[:first])
-        other_ridge, other_error, weights = _path(design[used], left[used], design[first:], left[first:])
+        used = sums.without(design[:first], left[:first], outlier[:first])
+        other_ridge, other_error, weights = _path(used, design[first:], left[first:])
     better = _inner_rms(other_error) < _inner_rms(error)
     if better.all() and (_rms(other_error) <= (1.0 + MOST_LOSS) * _rms(error)).all():
         return other_ridge, other_error, outlier
     return ridge, error, nothing
 
 
-def _path(x: Float64, y: Float64, x_out: Float64, y_out: Float64) -> tuple[Float64, Float64, Float64]:
+def _path(sums: Sums, x_out: Float64, y_out: Float64) -> tuple[Float64, Float64, Float64]:
     """Fit each column of y with the ridge that leaves the least inner error held out.
 
-    x, y : float64[n, q], float64[n, j] to fit; x_out, y_out : the same, held out. Returns (ridge float64[j] per row,
-    errors held out float64[m, j], weights float64[q, j]).
+    x_out, y_out : float64[m, q], float64[m, j] held out. Returns (ridge float64[j] per row, errors held out
+    float64[m, j], weights float64[q, j]).
     """
-    values, vectors = np.linalg.eigh(x.T @ x)
+    values, vectors = np.linalg.eigh(sums.products)
     values = np.maximum(values, 0.0)[:, None]
-    target = vectors.T @ (x.T @ y)
-    few = RIDGES.size * y.shape[1] < x.shape[1]  # then turning the weights is cheaper than turning the rows
+    target = vectors.T @ sums.targets
+    few = RIDGES.size * y_out.shape[1] < x_out.shape[1]  # then turning the weights is cheaper than turning the rows
     ahead = x_out if few else x_out @ vectors
-    best, ridge, error = np.full(y.shape[1], np.inf), np.ones(y.shape[1]), y_out.copy()
+    best, ridge, error = np.full(y_out.shape[1], np.inf), np.ones(y_out.shape[1]), y_out.copy()
     for one in RIDGES:
-        along = target / (values + one * x.shape[0])
+        along = target / (values + one * sums.n)
         e = y_out - ahead @ (vectors @ along if few else along)
         inner = _inner_rms(e)
         better = inner < best
         best[better], ridge[better], error[:, better] = inner[better], one, e[:, better]
-    return ridge, error, vectors @ (target / (values + ridge * x.shape[0]))
+    return ridge, error, vectors @ (target / (values + ridge * sums.n))
+
+
+def _typically_sharper(error: Float64, plain: Float64) -> Bool:
+    """Return bool[j]: whether the geometric mean of `error` float64[m, j] is a tenth below that of `plain`, for sure.
+
+    The standard error is that over contiguous pieces, so that errors which last do not count as many.
+    """
+    gain = 0.5 * np.log((plain * plain + SMALLEST_RMS**2) / (error * error + SMALLEST_RMS**2))
+    pieces = np.array([piece.mean(axis=0) for piece in np.array_split(gain, PIECES)])
+    mean, spread = pieces.mean(axis=0), pieces.std(axis=0, ddof=1) / math.sqrt(PIECES)
+    return np.asarray((mean >= -math.log(1.0 - LEAST_CUT)) & (mean >= SURE * spread))
 
 
 def blocks(rows: Int64, most: int) -> Int64:
@@ -501,9 +586,9 @@ def _outliers(e: Float64) -> Bool:
     return found
 
 
-def _weights(design: Float64, left: Float64, ridge: Float64) -> Float64:
-    """Return float64[h + p + 1, k]: ridge regressions of each column of `left`, each with its own ridge per row."""
-    values, vectors = np.linalg.eigh(design.T @ design)
-    target = vectors.T @ (design.T @ left)
-    out: Float64 = vectors @ (target / (np.maximum(values, 0.0)[:, None] + ridge * design.shape[0]))
+def _weights(sums: Sums, ridge: Float64) -> Float64:
+    """Return float64[q, k]: ridge regressions of each target, each with its own ridge per row."""
+    values, vectors = np.linalg.eigh(sums.products)
+    target = vectors.T @ sums.targets
+    out: Float64 = vectors @ (target / (np.maximum(values, 0.0)[:, None] + ridge * sums.n))
     return out

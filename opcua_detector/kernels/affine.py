@@ -51,6 +51,27 @@ def add_products(x: Array, gram: Array) -> None:
             gram[a, b] += x[a] * x[b]
 
 
+@njit("void(f8[:, ::1], i4[::1], i8, i8, i8[::1], i8[::1], i8, f8[:, :, ::1], f8[:, ::1])", cache=True, nogil=True)
+def sum_products(
+    scaled: Array, partners: Array, own: int, step: int, order: Array, starts: Array, before: int, grams: Array,
+    total: Array,
+) -> None:
+    """Add the products of the instants t < before of each transition to grams, and of all of them to total.
+
+    Parameters
+    ----------
+    scaled, partners, own, step : see `design_row`; order, starts, before : see `hold_out`
+    grams : float64[n_rows, d + 1, d + 1]; total : float64[d + 1, d + 1]; lower triangles, target last
+    """
+    x = np.empty(total.shape[0])
+    for row in range(starts.size - 1):
+        for p in range(starts[row], starts[row + 1]):
+            if order[p] < before:
+                design_row(scaled, partners, own, step, order[p], x)
+                add_products(x, grams[row])
+        total += grams[row]
+
+
 @njit("void(f8[:, ::1], f8[::1], f8, f8[:, ::1], f8[::1])", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def solve_map(gram: Array, prior: Array, ridge: float, room: Array, out: Array) -> None:
     """Write prior + (A + ridge I)^-1 (b - A prior) into out, by Cholesky.
@@ -129,12 +150,7 @@ def hold_out(
     x = np.empty(d + 1)
     grams = np.zeros((n_rows, d + 1, d + 1))
     total = np.zeros((d + 1, d + 1))
-    for row in range(n_rows):
-        for p in range(starts[row], starts[row + 1]):
-            if order[p] < before:
-                design_row(scaled, partners, own, step, order[p], x)
-                add_products(x, grams[row])
-        total += grams[row]
+    sum_products(scaled, partners, own, step, order, starts, before, grams, total)
     room = np.empty((d, d))
     zero = np.zeros(d)
     general = np.empty((ridges.size, d))
@@ -205,11 +221,7 @@ def learn_maps(
     x = np.empty(d + 1)
     grams = np.zeros((n_rows, d + 1, d + 1))
     total = np.zeros((d + 1, d + 1))
-    for row in range(n_rows):
-        for p in range(starts[row], starts[row + 1]):
-            design_row(scaled, partners, own, step, order[p], x)
-            add_products(x, grams[row])
-        total += grams[row]
+    sum_products(scaled, partners, own, step, order, starts, scaled.shape[1], grams, total)
     room = np.empty((d, d))
     shared = np.empty(d)
     local = np.empty(d)

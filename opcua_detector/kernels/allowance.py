@@ -1,19 +1,20 @@
 """Kernel of operator feedback: what a residual may be in a situation that was declared normal.
 
-A situation is a ball in the space of some columns, now and some rows ago. Inside it a residual r between `low` and
-low + allowance counts as one between `low` and `high`, in proportion; both are such that they do not alarm, but stand
-above what is healthy. What goes beyond the allowance counts in full on top of `high`. So r' is continuous and rises
-with r: a larger fault in the same situation still alarms, and of two excused ones the larger still ranks higher. Where
-several balls hold, the largest allowance of each channel counts, so the order of feedback does not matter.
+A situation is a ball in the space of some columns, now and some rows ago, and for each channel an interval of its
+residual with its direction. A residual inside both counts as one between `low` and `high`, in proportion to its size:
+both are such that they do not alarm, but stand above what is healthy. What lies outside the interval by d, on either
+side, counts as `high` + d, and never as more than it is. So r' is continuous in the residual, a larger fault in the
+same situation still alarms, and so does one in the other direction. Where several balls hold, the one that excuses
+most counts for each channel, so the order of feedback does not matter.
 
 What a call needs is packed (D columns, C channels, E balls, B groups of balls that share columns and channels):
 
     ints    int64    HEADER: D, C, B, rows of memory, largest K; then for each group: E, K, M, place of its balls in
                      `floats`, columns[K], ages[K] (rows ago), channels[M]
     floats  float64  middle[D], inverse[D] (of the healthy spans), then for each ball: radius, centre[K],
-                     allowance[M]
+                     least[M], most[M] (NaN: nothing is excused)
     calm    float64  [n_states * C * 2]: low and high of each channel
-    memory  float64  allowed[C], point[largest K], then scaled values of the last rows [rows of memory * D]
+    memory  float64  excused[C], point[largest K], then scaled values of the last rows [rows of memory * D]
     cursor  int64    place in the memory, rows since the last gap
 """
 
@@ -33,18 +34,19 @@ GROUP: Final = 4
 
 
 @njit(
-    "void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1])",
+    "void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1])",
     cache=True, nogil=True,
 )
 def allow_rows(
-    values: Array, valid: Array, gap: Array, state: Array, residual: Array, ints: Array, floats: Array, calm: Array,
-    memory: Array, cursor: Array,
+    values: Array, valid: Array, gap: Array, state: Array, signed: Array, residual: Array, ints: Array, floats: Array,
+    calm: Array, memory: Array, cursor: Array,
 ) -> None:
-    """Take rows into the memory and lower their residuals, in place, by what is allowed.
+    """Take rows into the memory and lower their residuals, in place, by what is excused.
 
     values : float64[n * D], valid : uint8[n * D]; rows of columns
     gap : uint8[n]; 1 = the row does not continue the one before
     state : int64[n]; which calibration, -1 = none: nothing is changed
+    signed : float64[n * C]; the residuals with their direction; the residual itself where a channel has none
     residual : float64[n * C]; NaN stays NaN
     the rest : packed, see the module's docstring; memory and cursor carry on from call to call
 
@@ -77,7 +79,7 @@ def allow_rows(
             keys = where + GROUP
             own = keys + 2 * n_keys
             where = own + n_own
-            size = 1 + n_keys + n_own
+            size = 1 + n_keys + 2 * n_own
             n_known = 0
             for k in range(n_keys):
                 age = ints[keys + n_keys + k]
@@ -99,19 +101,23 @@ def allow_rows(
                     if not hit:
                         hit = True
                         for c in range(n_channels):
-                            memory[c] = 0.0
+                            memory[c] = np.inf
                     for m in range(n_own):
                         c = ints[own + m]
-                        memory[c] = max(memory[c], floats[ball + 1 + n_keys + m])
+                        least, most = floats[ball + 1 + n_keys + m], floats[ball + 1 + n_keys + n_own + m]
+                        s = signed[t * n_channels + c]
+                        low = calm[2 * (state[t] * n_channels + c)]
+                        high = calm[2 * (state[t] * n_channels + c) + 1]
+                        if s < least:
+                            counts = high + least - s
+                        elif s > most:
+                            counts = high + s - most
+                        else:  # a NaN comes here too, and is not less than what there is
+                            counts = low + (high - low) * abs(s) / max(abs(least), abs(most))
+                        if counts < memory[c]:
+                            memory[c] = counts
                 ball += size
         if hit:
             for c in range(n_channels):
-                allowed = memory[c]
-                if allowed > 0.0:
-                    r = residual[t * n_channels + c]
-                    low = calm[2 * (state[t] * n_channels + c)]
-                    high = calm[2 * (state[t] * n_channels + c) + 1]
-                    if r > low and allowed > high - low:  # false for NaN
-                        beyond = r - low - allowed
-                        residual[t * n_channels + c] = (
-                            high + beyond if beyond > 0.0 else low + (high - low) * (r - low) / allowed)
+                if memory[c] < residual[t * n_channels + c]:  # false for NaN
+                    residual[t * n_channels + c] = memory[c]

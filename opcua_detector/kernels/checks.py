@@ -36,7 +36,9 @@ def check(values, valid, ints, tables, state, residual):
     """Take one row, float64[n_columns] and uint8[n_columns]; write `residual` float64[n_channels], NaN where masked.
 
     Each residual is 0 within what the healthy record held, and 1 one allowance beyond it. A masked row neither counts
-    to a run nor ends it; a step over masked rows is told per row, so that a hole makes no large step.
+    to a run nor ends it; a step over masked rows is told per row, so that a hole makes no large step. Once a run is
+    one allowance longer than the longest healthy one, a masked row that still carries its value belongs to it: from
+    then on the tag may be masked for standing still (`kernels.guards`), and to say so is the business of this check.
     """
     n = ints[0]
     for i in range(n):
@@ -44,7 +46,9 @@ def check(values, valid, ints, tables, state, residual):
         x = values[c]
         range_at, stuck_at = ints[1 + n + i], ints[1 + 2 * n + i]
         t, s = i * TABLE, i * STATE
-        if valid[c] == 0 or not math.isfinite(x):
+        finite = math.isfinite(x)
+        stands = stuck_at >= 0 and finite and x == state[s] and (state[s + 2] - tables[t + 5]) * tables[t + 6] >= 1.0
+        if (valid[c] == 0 or not finite) and not stands:
             residual[i] = np.nan
             if range_at >= 0:
                 residual[range_at] = np.nan

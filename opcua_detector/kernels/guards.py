@@ -1,13 +1,17 @@
-"""Kernel of the guards: does a tag still come with the resolution and the scale it was learnt with? O(1) per tag.
+"""Kernel of the guards: does a tag still come with the resolution and the scale it was learnt with, and does it move?
+
+O(1) per tag.
 
 Resolution: the greatest common step of the last changes of a tag, by Euclid's algorithm, one change at a time. Values
 that were rounded share a step far above their rounding error; values that were not leave no common step after two or
 three changes. Scale: mean, spread, step and extremes of blocks of rows; a factor fits where all of them, divided by it,
-lie within those of healthy blocks, while as they are they do not.
+lie within those of healthy blocks, while as they are they do not. Standing still: a run of equal values longer than
+so many rows, by the rules of `kernels.checks`.
 
 What a call needs is packed:
 
-    ints    int64    n_tags, n_scales, how many of them are tried first, then index[n_tags]: the tag's place in the row
+    ints    int64    n_tags, n_scales, how many of them are tried first, then index[n_tags]: the tag's place in the
+                     row, then longest[n_tags]: rows of one value from which it is masked, 0 = not watched
     tables  float64  [n_tags * TABLE]: coarse, needed, block, centre, low, high, mean_low, mean_high, spread_low,
                      spread_high, step_low, step_high, units, relative; then [n_scales * SCALE]: factor, offset, units
     state   float64  [n_tags * STATE], places below
@@ -28,9 +32,9 @@ from numba import njit
 
 TABLE: Final = 14
 SCALE: Final = 3
-STATE: Final = 19
+STATE: Final = 20
 (COMMON, LAST, CHANGES, LEVELS, ORIGIN, FINE, COARSE_MASK, TOLD_STEP, ROWS, SUM, SQUARES, MOVED, STEPS, LOWEST, HIGHEST,
- BEFORE, SCALE_MASK, LONGEST, ERROR) = range(STATE)
+ BEFORE, SCALE_MASK, LONGEST, ERROR, RUN) = range(STATE)
 MIN_LEVELS: Final = 4  # different values: a tag that toggles between two or three has no resolution to tell
 CONFIRMED: Final = 3  # changes after which a step is kept though a long change cannot be measured by it
 BACK: Final = 5  # changes without a common step end the mask
@@ -41,6 +45,7 @@ WITHIN: Final = 1.5  # healthy spreads and steps may be exceeded by this factor,
 CLOSE: Final = 1.2  # the same for a scale that explains them
 MARGIN, CLOSE_MARGIN = 0.25, 0.1  # of the healthy span, on both sides of mean and extremes
 BLOCKS_THAT_AGREE: Final = 2
+CHANGED, AS_LEARNT, STILL = 1, 2, 4  # what a row tells, added up: see `guard_row`
 
 
 @njit("void(float64[::1], int64)", cache=True)
@@ -199,21 +204,29 @@ def _scale(ints, tables, t, state, s):
 
 @njit("int64(float64[::1], uint8[::1], boolean, int64[::1], float64[::1], float64[::1], uint8[::1])", cache=True)
 def guard_row(values, valid, gap, ints, tables, state, out_valid):
-    """Take one row; write `out_valid` uint8[n]: `valid` less the masked tags. Returns 1 where a tag was masked just
-    now, 2 where a mask ended, 3 for both, else 0.
+    """Take one row; write `out_valid` uint8[n]: `valid` less the masked tags.
+
+    Returns the sum of CHANGED where the mask of a tag of another resolution or scale began just now, AS_LEARNT where
+    one ended, STILL where a tag was masked for standing still, or no longer is. On a row with CHANGED all methods
+    start anew, and so do the runs: the checks, which must tell of a tag that stands still, have forgotten theirs.
     """
     out_valid[:] = valid
     told = 0
-    for i in range(ints[0]):
+    n = ints[0]
+    for i in range(n):
         c, t, s = ints[3 + i], i * TABLE, i * STATE
+        longest = ints[3 + n + i]
         before = state[s + COARSE_MASK] != 0.0 or state[s + SCALE_MASK] != 0.0
+        stood = longest > 0 and state[s + RUN] >= longest
         x = values[c]
         if gap:
             state[s + LAST] = np.nan
+            state[s + RUN] = 0.0
             _new_block(state, s)
         if valid[c] != 0 and math.isfinite(x):
             last = state[s + LAST]
             known = not math.isnan(last)
+            state[s + RUN] = state[s + RUN] + 1.0 if known and x == last else 0.0
             if known and x != last and tables[t] < np.inf:
                 _resolution(x, tables, t, state, s)
             if tables[t + 2] > 0.0:
@@ -233,10 +246,22 @@ def guard_row(values, valid, gap, ints, tables, state, out_valid):
         masked = state[s + COARSE_MASK] != 0.0 or state[s + SCALE_MASK] != 0.0
         if masked:
             out_valid[c] = 0
+            state[s + RUN] = 0.0
         if masked and not before:
-            told |= 1
+            told |= CHANGED
         elif before and not masked:
-            told |= 2
+            told |= AS_LEARNT
+        stands = longest > 0 and state[s + RUN] >= longest
+        if stands:
+            out_valid[c] = 0
+        if stands != stood:
+            told |= STILL
+    if told & CHANGED:
+        for i in range(n):
+            c, s = ints[3 + i], i * STATE
+            state[s + RUN] = 0.0
+            if state[s + COARSE_MASK] == 0.0 and state[s + SCALE_MASK] == 0.0:
+                out_valid[c] = valid[c]
     return told
 
 

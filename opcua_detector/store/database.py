@@ -29,10 +29,12 @@ from .entries import (
 )
 from .entry_writer import CALL_TIMEOUT_S, EntryWriter, insert_audit
 from .opening import make_folder, open_beside, open_for_writing, set_aside
-from .recorder import Recorder, WriterSettings, free_name
+from .recorder import Recorder
 from .retention import Retention
+from .ring_writer import free_name
 from .rings import Recording, RowRing
 from .schema import MIGRATIONS, DamagedStore, Migration, Synchronous, check_file, store_error
+from .tasks import WriterSettings
 from .writer_lock import WriterLock
 
 

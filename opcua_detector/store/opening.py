@@ -10,7 +10,6 @@ from pathlib import Path
 import sqlite_utils
 
 from ..errors import StoreError
-from .recorder import WriterSettings
 from .schema import (
     Migration,
     check_file,
@@ -21,6 +20,7 @@ from .schema import (
     schema_version,
     store_error,
 )
+from .tasks import WriterSettings
 from .writer_lock import WriterLock
 
 QUICK_CHECK_BYTES = 268_435_456  # larger files are not read through at each start; see Store.verify

@@ -7,18 +7,16 @@ so an attempt that fails costs nothing and is made again.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import sqlite3
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,15 @@ import sqlite_utils
 
 from ..api import Frame, Verdict
 from ..errors import StoreError
-from .chunks import INSERT_CHUNK, MERGED, PLAIN, SMALL, Rows, chunk_rows, encode, merge_small, split
 from .entries import StoreCounters
 from .retention import Retainer, Retention
+from .ring_writer import RingWriter, Written
 from .rings import Recording, VerdictRing
-from .schema import RETRYABLE, Synchronous, code_of, configure_writer, connect, immediate, store_error
-from .trend import AlertSurroundings, series_id, write_buckets, write_detail
+from .schema import RETRYABLE, code_of, configure_writer, connect, immediate, store_error
+from .tasks import Task, WriterSettings
 
 log = logging.getLogger(__name__)
 
-SMALL_CHUNKS = 256  # merged at the latest then, so that slow groups do not leave one database row per sample
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.05, 5.0
 _RECONNECT = frozenset(
     {
@@ -46,48 +43,6 @@ _RECONNECT = frozenset(
         sqlite3.SQLITE_NOTADB,
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class WriterSettings:
-    """How the writer commits (see `Store.open`)."""
-
-    commit_interval_s: float = 0.5
-    ring_rows: int = 8192
-    ring_bytes: int = 33_554_432
-    synchronous: Synchronous = "normal"
-    sync_interval_s: float = 5.0
-    busy_timeout_s: float = 2.0
-
-
-@dataclass(slots=True)
-class Task:
-    """Something for the writer to do inside its next transaction.
-
-    work : None = nothing, only to learn when everything before it is committed
-    waited : bool; somebody takes the outcome
-    """
-
-    work: Callable[[sqlite_utils.Database], Any] | None
-    future: Future[Any]
-    waited: bool
-    error: Exception | None = None
-    value: Any = None
-
-
-@dataclass(slots=True)
-class _Committed:
-    """What becomes true of a recording once the transaction is committed."""
-
-    recording: Recording
-    head: int
-    id: int
-    name: str
-    last_ns: int
-    small_rows: int
-    small_chunks: int
-    written: int
-    ended: bool
 
 
 class Recorder:
@@ -114,7 +69,7 @@ class Recorder:
         self._offered = 0
         self._recordings: list[Recording] = []
         self._verdicts: dict[str, VerdictRing] = {}
-        self._surroundings: dict[tuple[int, str], AlertSurroundings] = {}
+        self._writer = RingWriter(path, clock_ns)
         self._tasks: deque[Task] = deque()
         self._batch: list[Task] = []
         self._counters = StoreCounters()
@@ -394,17 +349,13 @@ class Recorder:
         with immediate(self._db) as conn:
             for task in self._batch:
                 self._work(task)
-            committed = [self._write_rows(conn, recording, head) for recording, head in recordings]
-            surroundings = {}
-            scored = 0
-            for ring, head in verdicts:
-                key, state, n = self._write_verdicts(conn, ring, head)
-                surroundings[key] = state
-                scored += n
-        self._surroundings.update(surroundings)
+            self._writer.begin()
+            written = [self._writer.write_rows(conn, recording, head) for recording, head in recordings]
+            scored = sum(self._writer.write_verdicts(conn, self.run_id, ring, head) for ring, head in verdicts)
+        self._writer.committed()
         for ring, head in verdicts:
             ring.tail = head
-        rows = self._apply(committed)
+        rows = self._apply(written)
         self.committed_seq = offered
         if self.settings.synchronous == "full":
             self.synced_seq = offered
@@ -463,96 +414,9 @@ class Recorder:
             if not task.waited:
                 log.error("store %s refused an entry: %s", self.path, task.error)
 
-    def _write_verdicts(
-        self, conn: sqlite3.Connection, ring: VerdictRing, head: int
-    ) -> tuple[tuple[int, str], AlertSurroundings, int]:
-        scores = ring.peek(head)
-        key = (self.run_id, ring.monitor)
-        series = series_id(conn, *key, self._clock_ns() - int(scores.source_ns[-1]))
-        write_buckets(conn, series, scores)
-        detail, state = self._surroundings.get(key, AlertSurroundings()).choose(scores)
-        write_detail(conn, series, detail)
-        return key, state, len(scores)
-
-    def _write_rows(self, conn: sqlite3.Connection, recording: Recording, head: int) -> _Committed:
-        done = _Committed(
-            recording,
-            head,
-            recording.id,
-            recording.name,
-            recording.last_ns,
-            recording.small_rows,
-            recording.small_chunks,
-            head - recording.ring.tail,
-            recording.ending,
-        )
-        if done.written:
-            rows = recording.ring.peek(head)
-            for k, part in enumerate(_increasing(rows)):
-                if k or int(part.source_ns[0]) <= recording.last_ns:
-                    self._continue_elsewhere(conn, recording, done)
-                self._append(conn, recording, done, part)
-        if (
-            done.ended
-            or done.small_chunks >= SMALL_CHUNKS
-            or done.small_rows >= chunk_rows(len(recording.tags))
-        ):
-            self._merge(conn, recording, done)
-        if done.ended:
-            conn.execute("UPDATE recordings SET ended_ns = ? WHERE id = ?", (self._clock_ns(), done.id))
-        return done
-
-    def _append(self, conn: sqlite3.Connection, recording: Recording, done: _Committed, rows: Rows) -> None:
-        now_ns = self._clock_ns()
-        parts = list(split(rows, chunk_rows(len(recording.tags))))
-        conn.executemany(INSERT_CHUNK, [encode(part, done.id, now_ns, SMALL, PLAIN) for part in parts])
-        done.small_chunks += len(parts)
-        done.small_rows += len(rows)
-        done.last_ns = int(rows.source_ns[-1])
-
-    def _merge(self, conn: sqlite3.Connection, recording: Recording, done: _Committed) -> None:
-        conn.execute("SAVEPOINT merge")
-        try:
-            while merge_small(conn, done.id, len(recording.tags), SMALL_CHUNKS):
-                pass
-        except (ValueError, zlib.error) as exc:  # a damaged chunk must not stop the recording
-            conn.execute("ROLLBACK TO merge")
-            conn.execute(
-                "UPDATE row_chunks SET level = ? WHERE recording_id = ? AND level = ?",
-                (MERGED, done.id, SMALL),
-            )
-            log.error("store %s: rows of recording %s cannot be merged: %s", self.path, done.name, exc)
-        conn.execute("RELEASE merge")
-        done.small_rows = done.small_chunks = 0
-
-    def _continue_elsewhere(self, conn: sqlite3.Connection, recording: Recording, done: _Committed) -> None:
-        """The source clock went back: time increases within a recording, so the rest becomes a new one."""
-        self._merge(conn, recording, done)
-        now_ns = self._clock_ns()
-        conn.execute("UPDATE recordings SET ended_ns = ? WHERE id = ?", (now_ns, done.id))
-        name = free_name(conn, recording.first_name)
-        added = conn.execute(
-            "INSERT INTO recordings "
-            "(name, group_name, server, tags, period_ns, started_ns, truth, keep, note) "
-            "SELECT ?, group_name, server, tags, period_ns, ?, truth, keep, ? FROM recordings WHERE id = ?",
-            (
-                name,
-                now_ns,
-                f"continues {done.name}: the source clock went back",
-                done.id,
-            ),
-        )
-        log.warning(
-            "store %s: the source clock of recording %s went back; it continues as %s",
-            self.path,
-            done.name,
-            name,
-        )
-        done.id, done.name = int(added.lastrowid or 0), name
-
-    def _apply(self, committed: list[_Committed]) -> int:
+    def _apply(self, written: list[Written]) -> int:
         rows = 0
-        for done in committed:
+        for done in written:
             recording = done.recording
             recording.id, recording.name, recording.last_ns = done.id, done.name, done.last_ns
             recording.small_rows, recording.small_chunks = done.small_rows, done.small_chunks
@@ -583,19 +447,3 @@ class Recorder:
 
     def _retain_step(self) -> None:
         self._retainer.step(self._db, self.path)
-
-
-def _increasing(rows: Rows) -> list[Rows]:
-    """Cut rows where time does not increase."""
-    cuts = (rows.source_ns[1:] <= rows.source_ns[:-1]).nonzero()[0] + 1
-    borders = [0, *cuts.tolist(), len(rows)]
-    return [rows.take(slice(a, b)) for a, b in itertools.pairwise(borders)]
-
-
-def free_name(conn: sqlite3.Connection, name: str) -> str:
-    """Return `name`, or `name (2)`, `name (3)` ... where it is taken."""
-    candidate, k = name, 1
-    while conn.execute("SELECT 1 FROM recordings WHERE name = ?", (candidate,)).fetchone():
-        k += 1
-        candidate = f"{name} ({k})"
-    return candidate

@@ -16,7 +16,7 @@ from opcua_detector.alarms import AlertState
 from opcua_detector.api import Float64, Method, Record, Tag
 from opcua_detector.app import group_tags, methods_of, only_nonlinear, registry_of
 from opcua_detector.cli.demo import HISTORY_ROWS
-from opcua_detector.engine import AlertSettings, Monitor
+from opcua_detector.engine import AlertSettings, RowMonitor
 from opcua_detector.fitting import FitReport, fit_monitor
 from opcua_detector.model import NormalityModel
 from sim_server.plant import Plant
@@ -78,9 +78,9 @@ class DemoMonitor:
     methods: tuple[Method, ...]
     alert: AlertSettings
 
-    def monitor(self) -> Monitor:
+    def monitor(self) -> RowMonitor:
         """Return a monitor for frames of the plant's tags; it shares the methods, so use one at a time."""
-        fresh = Monitor(self.process, self.model, self.methods, self.plant.tags, self.alert)
+        fresh = RowMonitor(self.process, self.model, self.methods, self.plant.tags, self.alert)
         fresh.reset()
         return fresh
 

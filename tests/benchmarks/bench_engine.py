@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_engine.py [--only default|demo|fits] [--paced-s 10]
 
 default: the methods of `auto` (numba alone) with calibration and alarms, at 2 to 200 tags: the two simulated plants,
-and random linear processes (each tag follows its own past and three others, with noise). demo: the monitors of
+and random linear processes (each tag follows its own past and three others, with noise), on fresh healthy rows and on
+rows with so much noise on every tag that the score is over the limit on each ("alarming"). demo: the monitors of
 configs/*.yaml, with the ONNX graph. fits: fits with the automatic configuration. "hot": one step after the other;
 "paced": one step every 10 ms as rows really come, so that it begins with cold caches and a core that has slept. Exit
 code 1 where a promise does not hold (medians, hot; seconds; the model's size). A busy machine shows in the paced
@@ -19,6 +20,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +31,9 @@ from opcua_detector.api import Float64, Frame, Method, Record
 from opcua_detector.app import AUTOMATIC, methods_of, only_nonlinear
 from opcua_detector.calibration import Scorer
 from opcua_detector.config import MonitorConfig
-from opcua_detector.engine import Engine, Monitor
+from opcua_detector.engine import Engine, RowMonitor
 from opcua_detector.fitting import fit_monitor
+from opcua_detector.kernels.score import NAMED_FROM
 from opcua_detector.model import NormalityModel
 from opcua_detector.registry import Registry
 from sim_server.processes import make
@@ -43,6 +46,7 @@ MODEL_PER_DATA = 10.0
 PERIOD_S = 0.01
 ROWS = 10_000
 FIT_ROWS = 20_000
+WARM_UP_ROWS = 200  # not counted
 
 
 def told(name: str, took_ns: Float64, limit_us: float | None = None) -> bool:
@@ -100,21 +104,29 @@ def rows_of(record: Record) -> list[tuple[Float64, np.ndarray, int]]:
     return list(zip(record.values, record.valid, record.source_ns.tolist(), strict=True))
 
 
-def steps(monitor: Monitor, record: Record, *, pace_s: float = 0.0) -> Float64:
-    """Time `Engine.step`, ns a row."""
+def steps(monitor: RowMonitor, record: Record, *, pace_s: float = 0.0) -> tuple[Float64, Float64]:
+    """Time `Engine.step`; return (ns, score) of each row."""
     engine, frame = Engine([monitor]), Frame.empty(len(record.tags))
-    took = np.empty(len(record))
+    took, score = np.empty((2, len(record)))
     due = time.perf_counter()
     for k, (values, valid, source_ns) in enumerate(rows_of(record)):
         frame.values[:], frame.valid[:] = values, valid
         frame.source_ns, frame.gap, frame.seq = source_ns, k == 0, k
-        if pace_s and k >= 200:
+        if pace_s and k >= WARM_UP_ROWS:
             due = max(due + pace_s, time.perf_counter())
             time.sleep(max(0.0, due - time.perf_counter()))
         began = time.perf_counter_ns()
-        engine.step(frame)
+        verdict, = engine.step(frame)
         took[k] = time.perf_counter_ns() - began
-    return took[200:]
+        score[k] = verdict.score
+    return took[WARM_UP_ROWS:], score[WARM_UP_ROWS:]
+
+
+def disturbed(record: Record, seed: int = 5) -> Record:
+    """Return the rows with white noise of three standard deviations on every tag."""
+    spread = record.values.std(axis=0)
+    shaken = record.values + 3.0 * spread * np.random.default_rng(seed).standard_normal(record.values.shape)
+    return replace(record, values=shaken)
 
 
 def updates(method: Method, columns: Record) -> Float64:
@@ -125,7 +137,7 @@ def updates(method: Method, columns: Record) -> Float64:
         began = time.perf_counter_ns()
         method.update(values, valid)
         took[k] = time.perf_counter_ns() - began
-    return took[200:]
+    return took[WARM_UP_ROWS:]
 
 
 def scorings(scorer: Scorer, residual: Float64) -> Float64:
@@ -135,7 +147,7 @@ def scorings(scorer: Scorer, residual: Float64) -> Float64:
         began = time.perf_counter_ns()
         scorer.step(row, 0)
         took[k] = time.perf_counter_ns() - began
-    return took[200:]
+    return took[WARM_UP_ROWS:]
 
 
 def parts_of_step(label: str, model: NormalityModel, methods: Sequence[Method], record: Record) -> None:
@@ -157,9 +169,14 @@ def default_lines() -> bool:
         tags = rows.shape[1]
         model, methods = default_fit(record_of(rows[:FIT_ROWS]))
         record = record_of(rows[FIT_ROWS:])
-        monitor = Monitor("default", model, methods, record.tags)
+        monitor = RowMonitor("default", model, methods, record.tags)
         label = f"{name}, {tags} tags"
-        kept &= told(f"{label}, {' + '.join(model.names)}", steps(monitor, record), DEFAULT_US[tags])
+        took, score = steps(monitor, record)
+        kept &= told(f"{label}, {' + '.join(model.names)}, calm", took[score < NAMED_FROM], DEFAULT_US[tags])
+        monitor.restart()
+        took, score = steps(monitor, disturbed(record))
+        kept &= told(f"{label}, alarming on {100 * np.mean(score >= 1.0):.0f} % of the rows", took[score >= 1.0],
+                     DEFAULT_US[tags])
         parts_of_step(label, model, methods, record)
     return kept
 
@@ -204,10 +221,10 @@ def demo_lines(paced_s: float) -> bool:
             kept &= told(f"{process} {name}, 2 tags", updates(method, columns),
                          TRANSITION_US if name == "transition" else None)
         named = " + ".join(one.model.names)
-        kept &= told(f"{process} engine step, {named}, hot", steps(one.monitor(), record), STEP_US)
+        kept &= told(f"{process} engine step, {named}, hot", steps(one.monitor(), record)[0], STEP_US)
         if paced_s > 0:
-            paced = record.rows(0, 200 + round(paced_s / PERIOD_S))
-            told(f"{process} engine step, paced 10 ms", steps(one.monitor(), paced, pace_s=PERIOD_S))
+            paced = record.rows(0, WARM_UP_ROWS + round(paced_s / PERIOD_S))
+            told(f"{process} engine step, paced 10 ms", steps(one.monitor(), paced, pace_s=PERIOD_S)[0])
         peak = peak_bytes(one, record)
         print(f"{process} tracemalloc peak over {ROWS} steps         {peak:6d} B   promised below {PEAK_BYTES}: "
               f"{'holds' if peak < PEAK_BYTES else 'BROKEN'}", flush=True)

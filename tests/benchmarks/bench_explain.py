@@ -23,7 +23,7 @@ import numpy as np
 
 from opcua_detector import detector
 from opcua_detector.detector import Detector
-from opcua_detector.engine import Monitor, frames_of
+from opcua_detector.engine import RowMonitor, frames_of
 from tests.benchmarks.bench_regression import plant as many_tags
 from tests.benchmarks.public_data import asd_cases
 from tests.fault_plants import KINDS, LINEAR, LORENZ, NONLINEAR_KINDS, THROTTLE, FaultyRows, Plant, faults, fitted
@@ -50,7 +50,7 @@ def explained(model: Detector, fault: FaultyRows) -> Iterator[tuple[str, str]]:
     yield "interval", next(iter(shares), "")
 
 
-def named(monitor: Monitor) -> str:
+def named(monitor: RowMonitor) -> str:
     """Return the tag of the first cause."""
     causes = monitor.explain(monitor.snapshot()).causes
     return monitor.plan.owner(causes[0].tag) if causes else ""

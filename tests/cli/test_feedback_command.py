@@ -15,7 +15,7 @@ from opcua_detector.api import Record
 from opcua_detector.app import group_tags
 from opcua_detector.config import load
 from opcua_detector.feedback import DAY_NS, journal
-from opcua_detector.feedback_desk import ANSWERED, EXPIRED, FORECAST, Desk
+from opcua_detector.feedback.desk import ANSWERED, EXPIRED, FORECAST, Desk
 from opcua_detector.model import load as load_model
 from opcua_detector.store import Event, FeedbackEntry, Store
 from sim_server.processes import Fault, make

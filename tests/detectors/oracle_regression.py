@@ -175,3 +175,13 @@ def follow(model, record, c):
             out.append(math.nan)
         stream.past.append(now)
     return np.array(out)
+
+
+def gram(z, rows, lags):
+    """Return the sum over the rows of x x', x = [z(t - lags), ..., z(t)], one row after the other."""
+    width = (lags + 1) * z.shape[1]
+    total = np.zeros((width, width))
+    for t in rows:
+        x = z[t - lags : t + 1].ravel()
+        total += np.outer(x, x)
+    return total

@@ -21,7 +21,9 @@ from opcua_detector.model import load
 from opcua_detector.registry import Registry
 from opcua_detector.testing import check_plugin, damaged, stream
 from sim_server.processes import make
+from tests.benchmarks.bench_engine import linear_rows
 from tests.detectors import oracle_regression as oracle
+from tests.fault_plants import loop_rows
 
 PERIOD_NS = 10_000_000
 PLUGIN = RegressionPlugin()
@@ -300,9 +302,62 @@ def test_noise_free_plants_count_as_nonlinear_and_linear_ones_do_not():
     assert method.model.arrays["directions"].size == 0
 
 
+def walk(n, d, seed):
+    return np.cumsum(np.random.default_rng(seed).standard_normal((n, d)), axis=0)
+
+
+def resonance(n, seed, radius=0.98, angle=0.1):
+    """An AR(2) that rings."""
+    rng = np.random.default_rng(seed)
+    x = np.zeros((n, 1))
+    for t in range(2, n):
+        x[t] = 2 * radius * np.cos(angle) * x[t - 1] - radius**2 * x[t - 2] + rng.standard_normal()
+    return x
+
+
+def sines(n, seed, noise):
+    """Two tags, each a sum of three sines, with noise."""
+    rng = np.random.default_rng(seed)
+    waves = np.sin(2 * np.pi * rng.uniform(0.002, 0.2, 6) * np.arange(n)[:, None] + rng.uniform(0, 6, 6))
+    return waves.reshape(n, 2, 3).sum(axis=2) + noise * rng.standard_normal((n, 2))
+
+
+LINEAR = {
+    "random walk": lambda n, seed: walk(n, 1, seed), "three random walks": lambda n, seed: walk(n, 3, seed),
+    "resonance": resonance, "slow resonance": lambda n, seed: resonance(n, seed, 0.999, 0.02),
+    "sines": lambda n, seed: sines(n, seed, 0.0), "sines, 1 %": lambda n, seed: sines(n, seed, 0.01),
+    "sines, 10 %": lambda n, seed: sines(n, seed, 0.1), "factors": lambda n, seed: factors(n, 8, seed),
+    "pump and heater loop": loop_rows, "random linear process": lambda n, seed: linear_rows(n, 10, seed),
+}
+
+
+def shares(rows):
+    params = PLUGIN.fit(record_of(rows), RegressionParams()).params
+    return params["nonlinear_share"], params["plant_share"]
+
+
+@pytest.mark.parametrize("n", [3000, 12_000])
+@pytest.mark.parametrize("plant", list(LINEAR))
+def test_a_longer_past_and_a_lighter_ridge_make_no_plant_nonlinear(plant, n):
+    for seed in (1, 2):
+        assert shares(LINEAR[plant](n, seed))[1] < 0.5
+
+
+@pytest.mark.parametrize("plant", ["random walk", "resonance", "slow resonance", "sines, 1 %"])
+def test_a_linear_plant_may_keep_the_correction_all_the_same(plant):
+    assert shares(LINEAR[plant](12_000, 1)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("name", ["lorenz", "throttle"])
+def test_the_simulated_plants_are_nonlinear_with_and_without_noise(name, noise):
+    for seed in range(5):
+        assert shares(plant_rows(name, 12_000, seed, noise).values)[1] >= 0.5
+
+
 def test_the_correction_can_be_forced_and_forbidden(lorenz):
     on, off = opened(record_of(factors(2000, 3)), nonlinear="on"), opened(lorenz, nonlinear="off")
-    assert on.nonlinear_share == 1.0 and on.memory == 10
+    assert on.nonlinear_share == 1.0 and on.memory == 10 and on.model.params["plant_share"] == 1.0
     assert off.nonlinear_share == 0.0 and off.memory == 3
     residual = on.residuals(record_of(factors(1000, 3, seed=1)))
     assert (rms(residual)[:3] < 1.1 * rms(opened(record_of(factors(2000, 3)), nonlinear="off").residuals(

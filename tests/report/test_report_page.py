@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 
 from opcua_detector.api import Record, Tag
 from opcua_detector.detectors.transition import TransitionParams, TransitionPlugin
-from opcua_detector.engine import AlertSettings, Monitor
+from opcua_detector.engine import AlertSettings, RowMonitor
 from opcua_detector.errors import PluginError
 from opcua_detector.evaluation import Alert, Replay, evaluate, replay
 from opcua_detector.fitting import fit_monitor
@@ -94,7 +94,7 @@ def checked(text: str) -> Page:
     return found
 
 
-def section_of(monitor: Monitor, record: Record, maps: tuple[str, ...] = ()) -> Section:
+def section_of(monitor: RowMonitor, record: Record, maps: tuple[str, ...] = ()) -> Section:
     said = replay(record, monitor, edges=TimeAxis.of(record).borders(HEAT_BINS))
     return make_section(monitor.model, record, said, evaluate(record, said, budget_per_day=1.0), "a test", maps)
 

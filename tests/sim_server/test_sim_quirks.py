@@ -238,3 +238,12 @@ def test_wrong_quirks_are_refused_with_what_was_expected(arguments: tuple, key: 
         reporter(arguments)
     assert caught.value.key == key
     assert caught.value.expected in str(caught.value)
+
+
+def test_duplicates_and_overload_are_reported_as_such() -> None:
+    twice = x1(2000, ("x1", "duplicate", 0.25))
+    again = np.diff(twice.source_ns) == 0
+    assert 300 < again.sum() < 700 and len(twice) == 2000 + again.sum()
+    assert (twice.value[1:][again] == np.nextafter(twice.value[:-1][again], np.inf)).all()
+    overload = x1(2000, ("x1", "overload", 1.0))
+    assert set(overload.status.tolist()) == {0x002F_0000} and len(overload) == 2000

@@ -534,3 +534,60 @@ def test_the_server_ends_cleanly(how: str) -> None:
         assert rest == b"", "exactly one line on stdout"
         assert child.stderr is not None
         assert b"Traceback" not in child.stderr.read()
+
+
+# -- disturbances ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "argument"),
+    [("rust", ""), ("remove", "x9"), ("restore", "x1"), ("type", "x1=Guid"), ("session_limit", "few")],
+)
+async def test_a_disturbance_that_is_not_possible_is_refused(
+    lorenz: RunningPlant, what: str, argument: str
+) -> None:
+    async with connected(lorenz) as client:
+        with pytest.raises(ua.uaerrors.BadInvalidArgument):
+            await tag(client, "lorenz").call_method("2:Disturb", what, argument)
+
+
+async def test_a_removed_node_says_so_once_and_comes_back_for_new_items_only(lorenz: RunningPlant) -> None:
+    async with connected(lorenz) as client:
+        plant = tag(client, "lorenz")
+        async with watching(client, "lorenz.x3") as changes:
+            await plant.call_method("2:Disturb", "remove", "x3")
+            gone = await changes.until(lambda one: not one.StatusCode.is_good())
+            assert gone.StatusCode.value == ua.StatusCodes.BadNodeIdUnknown
+            with pytest.raises(ua.uaerrors.BadNodeIdUnknown):
+                await tag(client, "lorenz.x3").read_value()
+            await plant.call_method("2:Disturb", "restore", "x3")
+            async with watching(client, "lorenz.x3") as again:
+                await again.until(lambda one: one.StatusCode.is_good())
+
+
+async def test_a_tag_changes_its_type_and_back(lorenz: RunningPlant) -> None:
+    async with connected(lorenz) as client:
+        plant, x3 = tag(client, "lorenz"), tag(client, "lorenz.x3")
+        for kind in (ua.VariantType.String, ua.VariantType.Float, ua.VariantType.Double):
+            await plant.call_method("2:Disturb", "type", f"x3={kind.name}")
+            async with watching(client, "lorenz.x3") as changes:
+                await changes.until(lambda one, kind=kind: one.Value.VariantType == kind and one.Value.Value)
+            assert await x3.read_data_type_as_variant_type() == kind
+
+
+async def test_results_lose_and_regain_the_right_to_be_written(lorenz: RunningPlant) -> None:
+    async with connected(lorenz) as client:
+        index = await client.get_namespace_index("urn:opcua-detector:results")
+        score = client.get_node(f"ns={index};s=pump.Score")
+        value = ua.DataValue(ua.Variant(0.5, ua.VariantType.Double))
+        await tag(client, "lorenz").call_method("2:Disturb", "read_only", "pump.")
+        with pytest.raises(ua.uaerrors.UaStatusCodeError):
+            await score.write_attribute(ua.AttributeIds.Value, value)
+        await tag(client, "lorenz").call_method("2:Disturb", "writable", "pump.")
+        await score.write_attribute(ua.AttributeIds.Value, value)
+
+
+async def test_namespaces_before_the_plants_own_shift_its_index() -> None:
+    with running_plant("lorenz", history_rows=0, config={"namespaces_before": ["urn:one", "urn:two"]}) as shifted:
+        async with connected(shifted) as client:
+            assert await client.get_namespace_index("urn:opcua-detector:simulated-plant") == 4

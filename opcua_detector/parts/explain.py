@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from .api import Cause, Float64, Int64, Tag
-from .explain import number, sentence
-from .nodes import EXPLANATION_CHARS
+import numpy as np
 
-if TYPE_CHECKING:
-    from .parts import PartModel
+from ..api import Cause, Explanation, Float64, Int64, Tag
+from ..columns import ColumnPlan
+from ..explain import number, sentence
+from ..model import NormalityModel
+from ..nodes import EXPLANATION_CHARS
+from .model import PartModel
 
 PLAIN = {"bin": 1.0, "run": 1.0, "phase": 0.95, "mean": 0.9, "shape": 0.8, "swing": 0.8, "noise": 0.7}
 STUCK_SWING = 0.02  # of the usual swing: less is no movement
@@ -22,20 +23,11 @@ _MORE_DECIMALS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """Where a feature lies: its kind, and the part of the cycle it stands for, in %."""
-
-    kind: str
-    start: float
-    stop: float
-
-
-@dataclass(frozen=True, slots=True)
 class PartFacts:
     """One part as the judge saw it, copied.
 
     number : of the part; whole : False while it still runs; rows : so far
-    features float64[r, c], ratio float64[k, c], where int64[k, c] : see `parts.PartJudge`
+    features float64[r, c], ratio float64[k, c], where int64[k, c] : see `parts.judge.PartJudge`
     late : departure of its time, 1.0 is the limit; speed : 1 is usual, NaN where that alone does not explain it
     """
 
@@ -65,9 +57,48 @@ class PartCause(Cause):
     usual: float = math.nan
 
 
-def explain_part(
-    model: PartModel, stretches: Sequence[Stretch], facts: PartFacts, source_ns: int,
-) -> list[PartCause]:
+@dataclass(frozen=True)
+class PartSnapshot:
+    """What `explain` needs of the part that sets the score, copied."""
+
+    facts: PartFacts
+    contribution: Float64
+    event_no: int
+    source_ns: int
+
+
+class PartReasons:
+    """Says why a part is bad, from copies alone; any thread.
+
+    Parameters
+    ----------
+    model : of the monitor; parts : its corridor; plan : of its judged columns
+    """
+
+    def __init__(self, model: NormalityModel, parts: PartModel, plan: ColumnPlan) -> None:
+        self._tags = [tag.name for tag in model.tags]
+        self._parts = parts
+        self._owner = {c.name: plan.owner(c.name) for c in plan.columns}
+        self._columns = {c.name: c for c in plan.columns}
+        self._spans = {c.name: float(hi - lo) for c, (lo, hi) in zip(plan.columns, model.span, strict=False)}
+
+    def explain(self, taken: PartSnapshot) -> Explanation:
+        """Return the sentence and the causes, those of the tags that carry the score first."""
+        order = np.argsort(-taken.contribution, kind="stable")
+        top = [self._tags[i] for i in order if taken.contribution[i] > 0]
+        place = {name: i for i, name in enumerate(top)}
+        causes = explain_part(self._parts, taken.facts, taken.source_ns)
+        ranked = tuple(sorted(causes, key=lambda cause: (
+            place.get(self._owner.get(cause.tag, cause.tag), len(place)), -cause.share)))
+        text = self.text(ranked[0]) if ranked else f"part {taken.facts.number} has no cause that stands out"
+        return Explanation(taken.event_no, taken.source_ns, text, ranked)
+
+    def text(self, cause: Cause) -> str:
+        """Return the sentence of one cause."""
+        return part_sentence(cause, self._columns, self._spans)
+
+
+def explain_part(model: PartModel, facts: PartFacts, source_ns: int) -> list[PartCause]:
     """Return the causes of a part, the weightiest first; shares sum to 1."""
     found: list[tuple[float, PartCause]] = []
     period_s = model.period_ns / 1e9
@@ -80,7 +111,7 @@ def explain_part(
         found.append((1.0, PartCause(model.cycle.tag, "speed", 0.0, 100 * facts.speed, source_ns=source_ns,
                                      part=facts.number, whole=facts.whole, usual=100.0)))
     for c in range(facts.ratio.shape[1]):
-        found += _of_column(model, stretches, facts, c, source_ns, told=bool(found))
+        found += _of_column(model, facts, c, source_ns, told=bool(found))
     found.sort(key=lambda item: -item[0])
     total = sum(weight for weight, _ in found)
     return [_with_share(cause, weight / total) for weight, cause in found]
@@ -93,7 +124,7 @@ def _with_share(cause: PartCause, share: float) -> PartCause:
 
 
 def _of_column(
-    model: PartModel, stretches: Sequence[Stretch], facts: PartFacts, c: int, source_ns: int, *, told: bool,
+    model: PartModel, facts: PartFacts, c: int, source_ns: int, *, told: bool,
 ) -> list[tuple[float, PartCause]]:
     """Return (weight, cause) of one column: each kind above the limit; the largest where nothing else is told."""
     found: list[tuple[float, PartCause]] = []
@@ -104,7 +135,7 @@ def _of_column(
         center, half = float(model.center[r, c]), float(model.spread[r, c] * model.limit[k, c])
         seen = float(facts.features[r, c])
         low = center - half
-        kind = stretches[r].kind
+        kind = model.stretches[r].kind
         weight = ratio * PLAIN[kind]
         if kind in ("swing", "noise"):
             low = max(low, 0.0)
@@ -112,15 +143,15 @@ def _of_column(
                 weight *= STUCK_FIRST
         phase = (math.nan, math.nan)
         if kind not in ("mean", "swing", "noise"):
-            phase = _phase(model, stretches, facts, k, r, c)
+            phase = _phase(model, facts, k, r, c)
         found.append((weight, PartCause(model.columns[c], kind, 0.0, seen, low, center + half, source_ns=source_ns,
                                         part=facts.number, whole=facts.whole, phase=phase, usual=center)))
     return found
 
 
-def _phase(model: PartModel, stretches: Sequence[Stretch], facts: PartFacts, k: int, r: int,
-           c: int) -> tuple[float, float]:
+def _phase(model: PartModel, facts: PartFacts, k: int, r: int, c: int) -> tuple[float, float]:
     """Return from where to where, around feature row r, the column is outside its corridor, in % of the cycle."""
+    stretches = model.stretches
     kind = stretches[r].kind
 
     def outside(row: int) -> bool:

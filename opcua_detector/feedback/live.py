@@ -1,9 +1,11 @@
 """Feedback of a running service: from the HMI's nodes and from the store, answered off the loop, swapped in between
 two rows.
 
-One entry is answered at a time, on a thread: the model is adapted and saved, a new monitor is primed with the last
-rows, and between two rows of the loop it takes the place of the old one, with its windows as if it had always been
-there and the standing alert as it stands. The forecast comes after that.
+One entry is answered at a time, on a thread: the model is adapted, a new monitor is primed with the last rows, and
+between two rows of the loop it takes the place of the old one, with its windows as if it had always been there and the
+standing alert as it stands. Then the model file is saved and the answer noted; where that fails the old model takes its
+place again, and the operator is told. What was said lies in the store from the start and counts as pending until its
+answer is noted, so a stop at any point loses nothing. The forecast comes last.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,18 +20,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from .api import Record, Verdict
-from .app import group_tags, open_monitor, registry_of
-from .client import Session, WriteBack
-from .client.inputs import TextInputs
-from .config import Config, MonitorConfig
-from .engine import Engine, Monitor, frames_of
-from .errors import DetectorError
-from .feedback import MAX_ROWS, lead_rows
-from .feedback_desk import Answer, Desk, RecentRows
-from .model import NormalityModel
-from .nodes import INPUT_NODES
-from .store import AuditEntry, FeedbackEntry, Store
+from ..api import Record, Verdict
+from ..app import group_tags, open_monitor, registry_of
+from ..client import Session, WriteBack
+from ..client.inputs import TextInputs
+from ..config import Config, MonitorConfig
+from ..engine import Engine, Monitor, frames_of
+from ..errors import DetectorError
+from ..model import NormalityModel
+from ..nodes import INPUT_NODES
+from ..store import AuditEntry, FeedbackEntry, Store
+from .bench import MAX_ROWS, lead_rows, prime_rows
+from .desk import Answer, Desk
+from .hmi import NAME, parse
+from .recent import RecentRows
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +44,6 @@ LEAST_APART_S: Final = 2.0  # two words of the HMI on one monitor
 PER_HOUR: Final = 60
 RESULT_CHARS: Final = 400
 STOP_S: Final = 5.0
-_SAID: Final = re.compile(r"(?P<label>false alarm|true|unsure|missed)(?:\s+(?P<number>\d{1,9}))?", re.IGNORECASE)
-_WHO: Final = re.compile(r"[^\x00-\x1f]{1,64}")
 
 
 class Run(Protocol):
@@ -57,18 +58,17 @@ class Run(Protocol):
         ...
 
 
-def parse(text: str, at_ns: int) -> FeedbackEntry | None:
-    """Return what the text of a `Feedback` node asks for, None where it is none (see `nodes.INPUT_NODES`)."""
-    match = _SAID.fullmatch(text.strip())
-    if match is None:
-        return None
-    label, number = match["label"].lower(), match["number"]
-    if label == "missed":
-        if number is not None and not 1 <= int(number) <= 86_400:
-            return None
-        start = at_ns - int(number or 60) * 1_000_000_000
-        return FeedbackEntry("", label, start_ns=start, end_ns=at_ns, at_ns=at_ns)
-    return FeedbackEntry("", label, event_no=int(number) if number else None, at_ns=at_ns)
+class _Clock:
+    """How long each step of an answer took, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Note the time since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
 
 
 class LiveFeedback:
@@ -77,13 +77,21 @@ class LiveFeedback:
     Parameters
     ----------
     tell : called with (run, text) on the loop when there is something to tell the operator
+
+    Attributes
+    ----------
+    answers : those given since the start, oldest first
+    refused : words of the HMI that were not taken
+    taken_back : adaptations that ran already and were taken back, because they could not be saved
+    seconds : of the last answer: adapt, prime, swap, save, forecast
     """
 
     def __init__(self, config: Config, config_file: Path, store: Store, runs: Mapping[str, Run],
                  tell: Callable[[Any, str], None]) -> None:
         self.config, self.config_file, self.store, self.runs = config, config_file, store, runs
         self.answers: list[Answer] = []
-        self.refused = 0
+        self.refused = self.taken_back = 0
+        self.seconds: dict[str, float] = {}
         self._tell = tell
         self._desk = Desk(config, config_file, store)
         self._registry = registry_of(config)
@@ -176,7 +184,7 @@ class LiveFeedback:
             why = f"more than {PER_HOUR} feedbacks an hour"
         elif entry is None:
             why = f"write one of: {INPUT_NODES[0].meaning}"
-        elif by and _WHO.fullmatch(by) is None:
+        elif by and NAME.fullmatch(by) is None:
             why = "FeedbackBy is a name of at most 64 characters"
         if why or entry is None:
             self.refused += 1
@@ -207,17 +215,25 @@ class LiveFeedback:
                 return  # the poll and the HMI's own task both saw it
             run = self.runs[entry.monitor]
             engine, recent = self._engines[run.config.group]
+            clock = _Clock()
             rows, seq = recent.record(), recent.seq
-            answer = await asyncio.to_thread(self._desk.answer, entry, rows)
-            self.answers.append(answer)
-            log.warning("monitor %s: feedback of %s: %s", entry.monitor, entry.who, answer.text)
+            answer = await asyncio.to_thread(self._desk.decide, entry, rows)
+            clock.lap("adapt")
             if answer.model is not None:
-                await self._swap(run, engine, recent, answer.model, rows, seq)
-                self._tell(run, answer.text[:RESULT_CHARS])
-                told = await asyncio.to_thread(self._desk.forecast, answer)
-                self._tell(run, _with_forecast(answer.text, told)[:RESULT_CHARS])
-            else:
-                self._tell(run, answer.text[:RESULT_CHARS])
+                await self._swap(run, engine, recent, answer.model, rows, seq, clock)
+            kept = await asyncio.to_thread(self._desk.keep, answer)
+            clock.lap("save")
+            if answer.model is not None and kept.model is None and answer.before is not None:
+                self.taken_back += 1
+                await self._swap(run, engine, recent, answer.before, recent.record(), recent.seq, _Clock())
+            self.answers.append(kept)
+            log.warning("monitor %s: feedback of %s: %s", entry.monitor, entry.who, kept.text)
+            self._tell(run, kept.text[:RESULT_CHARS])
+            if kept.model is not None:
+                told = await asyncio.to_thread(self._desk.forecast, kept)
+                clock.lap("forecast")
+                self._tell(run, _with_forecast(kept.text, told)[:RESULT_CHARS])
+            self.seconds = clock.seconds
 
     async def _expire(self) -> None:
         async with self._one_at_a_time:
@@ -226,21 +242,24 @@ class LiveFeedback:
                 if run is None or answer.model is None:
                     continue
                 engine, recent = self._engines[run.config.group]
-                await self._swap(run, engine, recent, answer.model, recent.record(), recent.seq)
+                await self._swap(run, engine, recent, answer.model, recent.record(), recent.seq,
+                                 _Clock())
                 log.warning("monitor %s: %s", answer.entry.monitor, answer.text)
                 self._tell(run, answer.text[:RESULT_CHARS])
 
     async def _swap(self, run: Run, engine: Engine, recent: RecentRows, model: NormalityModel, rows: Record,
-                    seq: int) -> None:
+                    seq: int, clock: _Clock) -> None:
         """Put a monitor with the new model in the place of the old one."""
-        need = 2 * lead_rows(model)
+        need = prime_rows(model)
         primed = await asyncio.to_thread(self._primed, run, model, rows.rows(max(0, len(rows) - need), len(rows)))
+        clock.lap("prime")
         old = run.monitor
         for frame in frames_of(recent.record(after=seq)):  # on the loop: no row comes between
             primed.step(frame)
         primed.take_over(old)
         engine.swap(old, primed)
         run.monitor = primed
+        clock.lap("swap")
 
     def _primed(self, run: Run, model: NormalityModel, rows: Record) -> Monitor:
         monitor = open_monitor(run.config, self.config.group(run.config.group), model, self._registry)

@@ -14,27 +14,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from .api import Frame, Int64, Method, MethodModel, Record, Tag
-from .app import group_tags, model_path, record_model, registry_of
-from .config import Config, MonitorConfig
-from .errors import ConfigError, DetectorError, ModelFileError, RecordError
-from .feedback import (
-    FORECAST_ROWS,
-    LABELS,
-    Feedback,
-    Outcome,
-    Policy,
-    confirm,
-    expire,
-    forecast,
-    give_feedback,
-    journal,
-    lead_rows,
-    undo,
-)
-from .model import NormalityModel
-from .model import load as load_model
-from .store import AuditEntry, Event, FeedbackEntry, Store
+from ..api import Method, MethodModel, Record, Tag
+from ..app import group_tags, model_path, record_model, registry_of
+from ..config import Config, MonitorConfig
+from ..engine import AlertSettings
+from ..errors import ConfigError, DetectorError, ModelFileError, RecordError
+from ..model import NormalityModel
+from ..model import load as load_model
+from ..store import AuditEntry, Event, FeedbackEntry, Store
+from .bench import FORECAST_ROWS, forecast, lead_rows
+from .deltas import confirm, expire, journal, undo
+from .give import give_feedback
+from .policy import DAY_NS, LABELS, Feedback, Outcome, Policy
 
 CONFIRM, UNDO = "confirm", "undo"
 REQUESTS: Final = (*LABELS, CONFIRM, UNDO)
@@ -67,13 +58,14 @@ class Desk:
     Parameters
     ----------
     store : open for writing (beside another process will do)
+    policy : how far feedback may go; default: what the config says of each monitor
     models : the models in force, monitor -> model; others are loaded when they are asked for
     """
 
     def __init__(self, config: Config, config_file: Path, store: Store, *, policy: Policy | None = None,
                  models: Mapping[str, NormalityModel] | None = None) -> None:
         self.config, self.config_file, self.store = config, config_file, store
-        self.policy = policy or Policy()
+        self._policy = policy
         self.models = dict(models or {})
         self._registry = registry_of(config)
 
@@ -99,13 +91,33 @@ class Desk:
 
         recent : rows of the monitor's group that may not be in the store yet
         """
+        return self.keep(self.decide(entry, recent))
+
+    def decide(self, entry: FeedbackEntry, recent: Record | None = None) -> Answer:
+        """Return what becomes of an entry; nothing is kept yet (see `keep`).
+
+        Until it is kept the entry counts as pending, so that a stop in between leaves it to be answered again.
+        """
         try:
             answer = self._do(entry, recent)
             if answer.model is not None and answer.before is not None:
-                self._save(entry.monitor, answer.before, answer.model)
+                self._require_same_file(entry.monitor, answer.before)
+            return answer
         except DetectorError as error:
-            answer = Answer(entry, "refused", f"refused: {error.what}" + (
-                f"; {error.next_step}" if error.next_step else ""))
+            return _refused(entry, error)
+
+    def keep(self, answer: Answer) -> Answer:
+        """Save the model file where it changes and write the answer to the audit; return what holds.
+
+        Where the file cannot be written the answer is a refusal that says why, with the model `before` in force: a
+        service that runs the new one already takes it back.
+        """
+        entry = answer.entry
+        if answer.model is not None and answer.before is not None:
+            try:
+                self._save(entry.monitor, answer.before, answer.model)
+            except DetectorError as error:
+                answer = replace(_refused(entry, error), before=answer.before)
         after = answer.model or answer.before
         self.store.record_audit(AuditEntry(entry.who, ANSWERED, {
             "feedback": entry.id, "monitor": entry.monitor, "label": entry.label, "event_no": entry.event_no,
@@ -134,7 +146,8 @@ class Desk:
         if len(record):
             said = replace(said, end_ns=min(said.end_ns, int(record.source_ns[-1])))
         healthy = self.healthy(monitor, said) if entry.label == "missed" else None
-        outcome: Outcome = give_feedback(before, record, said, self.open, policy=self.policy, healthy=healthy)
+        outcome: Outcome = give_feedback(before, record, said, self.open, policy=self._policy or policy_of(monitor),
+                                         healthy=healthy, alert=alert_of(monitor))
         return Answer(entry, outcome.action, outcome.text, before, outcome.model if outcome.changed else None,
                       outcome.delta_id)
 
@@ -163,8 +176,8 @@ class Desk:
                               where=f"monitor {monitor}", next_step="give its number, or an interval")
         return found[0]
 
-    def _save(self, monitor: str, before: NormalityModel, after: NormalityModel) -> None:
-        """Replace the model file, if it still is the one that was changed.
+    def _require_same_file(self, monitor: str, before: NormalityModel) -> None:
+        """Check that the model file is the one in force.
 
         Raises
         ------
@@ -175,8 +188,21 @@ class Desk:
         if _id_in_file(path) != before.model_id:
             raise ModelFileError("the model file is another one than the model in force: it was fitted again",
                                  where=str(path), next_step="restart the service, then give the feedback again")
-        after.save(path)
+
+    def _save(self, monitor: str, before: NormalityModel, after: NormalityModel) -> None:
+        """Replace the model file, if it still is the one that was changed.
+
+        Raises
+        ------
+        ModelFileError
+            Somebody has fitted the monitor again meanwhile, or it cannot be written.
+        StoreError
+            The store cannot note it; the file is as before.
+        """
+        self._require_same_file(monitor, before)
+        path = model_path(self.config_file, self.config.monitor(monitor))
         record_model(self.store, after, path)
+        after.save(path)
         self.models[monitor] = after
 
     # --- review
@@ -214,8 +240,7 @@ class Desk:
     def compare(self, monitor: str, before: NormalityModel, after: NormalityModel) -> Any:
         """Return the `Forecast` of two models of a monitor from the newest stored rows of its group."""
         item = self.config.monitor(monitor)
-        return forecast(before, after, self.stored(item), self.open, on_delay_ns=item.on_delay,
-                        off_delay_ns=item.off_delay)
+        return forecast(before, after, self.stored(item), self.open, alert=alert_of(item))
 
     # --- rows
 
@@ -276,6 +301,22 @@ class Desk:
         return replace(record.select([t.name for t in tags]), tags=tags)
 
 
+def _refused(entry: FeedbackEntry, error: DetectorError) -> Answer:
+    return Answer(entry, "refused", f"refused: {error.what}" + (f"; {error.next_step}" if error.next_step else ""))
+
+
+def policy_of(monitor: MonitorConfig) -> Policy:
+    """Return how far the feedback on a monitor may go, as its config says."""
+    item = monitor.feedback
+    return Policy(item.mode, item.expires / DAY_NS, item.beyond, item.protected, item.budget_factor)
+
+
+def alert_of(monitor: MonitorConfig) -> AlertSettings:
+    """Return the delays of a monitor's alert and what keeps it back."""
+    return AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity, monitor.settling or 0, monitor.inhibit,
+                         monitor.maintenance)
+
+
 def _id_in_file(path: Path) -> str:
     """Return the model_id that a model file claims, without reading the rest of it."""
     try:
@@ -294,30 +335,3 @@ def _joined(parts: Sequence[Record], tags: Sequence[Tag], period_ns: int) -> Rec
         return Record.from_rows(np.zeros((0, len(tags))), tags, period_ns)
     return Record(tuple(tags), period_ns, *(np.concatenate([getattr(p, name) for p in parts])
                                             for name in ("source_ns", "values", "valid", "gap")))
-
-
-class RecentRows:
-    """The last rows of a group, copied from its frames: what a new monitor is primed with, and an alert just now."""
-
-    def __init__(self, tags: Sequence[Tag], period_ns: int, rows: int) -> None:
-        self.tags, self.period_ns, self.seq = tuple(tags), period_ns, 0
-        n = max(2, rows)
-        self._values = np.full((n, len(self.tags)), np.nan)
-        self._valid = np.zeros((n, len(self.tags)), np.uint8)
-        self._ns, self._gap = np.zeros(n, np.int64), np.zeros(n, np.uint8)
-
-    def offer(self, frame: Frame) -> None:
-        """Copy one row."""
-        at = self.seq % len(self._ns)
-        self._values[at], self._valid[at] = frame.values, frame.valid
-        self._ns[at], self._gap[at] = frame.source_ns, frame.gap
-        self.seq += 1
-
-    def record(self, after: int = 0) -> Record:
-        """Return a copy of the rows with number > `after` (rows count from 1) that are still there."""
-        n = min(self.seq - after, self.seq, len(self._ns))
-        order: Int64 = np.arange(self.seq - n, self.seq, dtype=np.int64) % len(self._ns)
-        gap = self._gap[order]
-        if after == 0 and len(gap):
-            gap[0] = 1
-        return Record(self.tags, self.period_ns, self._ns[order], self._values[order], self._valid[order], gap)

@@ -1,38 +1,27 @@
-"""From a healthy record of a cyclic process to the corridor of its parts, and what the record cannot support."""
+"""Fit a monitor of a cyclic process: from a healthy record to a model, and what the record cannot support."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from .api import Channel, Float64, Int64, Record, Tag, UInt8
-from .calibration import DAY_S, FOLDS, Calibration
-from .columns import ColumnPlan, make_plan, usable_tags
-from .errors import ConfigError, RecordError
-from .fitting import FitReport
-from .kernels.parts import corridor, depart, part_features, run_rows
-from .limits import unlike_the_rest
-from .model import NormalityModel
-from .parts import (
-    BIN,
-    ENOUGH_VALID,
-    KINDS,
-    MEAN,
-    NOISE,
-    PLUGIN,
-    RUN,
-    Cut,
-    Cycle,
-    PartModel,
-    cut_record,
-    feature_kinds,
-)
+from ..api import Channel, Float64, Int64, Record, Tag, UInt8
+from ..calibration import DAY_S, Calibration
+from ..columns import ColumnPlan, make_plan, usable_tags
+from ..errors import ConfigError, RecordError
+from ..fitting import FitReport
+from ..guards import learn_guards
+from ..kernels.parts import part_features, run_rows
+from ..limits import unlike_the_rest
+from ..model import NormalityModel
+from .corridor import held_out, peak_limit, pooled_corridor, spread_floors, time_limits
+from .cut import Cut, cut_record
+from .judge import ENOUGH_VALID
+from .model import BIN, KINDS, NOISE, PHASE, PLUGIN, Cycle, PartModel, feature_kinds
 
 MIN_PARTS = 30
 MIN_PART_ROWS = 4
@@ -40,13 +29,6 @@ MAX_BINS, PHASES = 64, 10
 BRIDGED_SHARE, MIN_BRIDGED = 0.02, 2  # of the usual part, rows: the trigger may be missing for so long
 ODD_SPREADS, ODD_SHARE = 8.0, 0.25  # a part this far from the usual time is no example of a healthy one
 ODD_TIMES = 3.5  # times the usual departure: a healthy part among hundreds reaches 3
-NEIGHBOURS = 2  # bins on each side that share their spread
-FLOOR, NOISE_FLOOR = 0.005, 0.002  # of the span of a column: no spread is smaller
-RESOLUTION_SHARE = 0.3  # standard deviation of rounding, in units of the step, about
-LIMIT_FLOOR = 3.0  # spreads: no limit is lower
-SEEN_FACTOR = 1.05  # no limit is nearer to what healthy parts have reached
-MIN_PEAKS, MAX_PEAKS = 10, 25
-FEW_PARTS = 40  # peaks are looked for among so many of the highest parts, or a tenth of them
 SUPPORTED = 100.0  # the tail is trusted for so many times what was seen
 
 
@@ -104,24 +86,42 @@ def fit_parts(
     n_run = int(rows.max() / width)
     kind = feature_kinds(n_run, n_bins, n_phases)
     parts = _Parts(cut.begin[kept], rows, _features(columns, cut, kept, width, (n_run, n_bins, n_phases), len(kind)))
-    floor = _floors(plan, columns, kind)
+    floor = spread_floors(plan, columns, kind)
     per_day = len(cut.begin) / (len(record) * record.period_ns / 1e9) * DAY_S
     n_limits = len(KINDS) * len(plan.columns) + 1
     rate = false_alarms_per_day / per_day / n_limits
     progress("calibrating")
-    worst, late = _held_out(parts, kind, floor)
-    limit = np.array([[_peak_limit(worst[:, k, c], rate, int((kind == k).sum())) for c in range(worst.shape[2])]
+    worst, late = held_out(parts.features, rows, kind, floor)
+    limit = np.array([[peak_limit(worst[:, k, c], rate, int((kind == k).sum())) for c in range(worst.shape[2])]
                       for k in range(len(KINDS))])
-    center, spread = _corridor(parts.features, kind, floor)
+    center, spread = pooled_corridor(parts.features, kind, floor)
     model = PartModel(cycle, tuple(c.name for c in plan.columns), record.period_ns, tolerance, width, n_run, n_bins,
-                      n_phases, center, spread, limit, _times(rows, late, rate, cycle, record.period_ns))
+                      n_phases, center, spread, limit, time_limits(rows, late, rate, cycle, record.period_ns))
     notes = _notes(parts, model, reasons, per_day, false_alarms_per_day, n_limits)
     trigger = next(tag for tag in record.tags if tag.name == cycle.tag)
     fitted = _normality_model(name, record, plan, (*used, trigger), excluded, model, notes, {
         "rows": len(record), "from_ns": int(record.source_ns[0]), "to_ns": int(record.source_ns[-1]),
         "gaps": int(record.gap.sum()) - 1, "false_alarms_per_day": false_alarms_per_day, "setup": dict(setup or {}),
-        "parts": len(kept), "parts_left_out": reasons, "parts_per_day": per_day})
+        "parts": len(kept), "parts_left_out": reasons, "parts_per_day": per_day,
+        "guards": learn_guards(record.select([tag.name for tag in used]), usual_errors(used, model))})
     return fitted, _report(name, record, excluded, model, parts, worst, notes)
+
+
+def usual_errors(tags: Sequence[Tag], model: PartModel) -> Float64:
+    """Return float64[n_tags]: how small a change of a tag shows in parts, in its unit; 0 for what is not judged as is.
+
+    The least healthy spread of its bins, or its usual change from row to row where that is less.
+    """
+    usual = np.zeros(len(tags))
+    fine = np.where(model.kind == BIN, True, model.kind == PHASE)
+    with np.errstate(all="ignore"):
+        least = np.fmin.reduce(model.spread[fine], axis=0, initial=np.inf)
+    least = np.fmin(least, model.center[model.kind == NOISE][0])
+    for i, tag in enumerate(tags):
+        if tag.name in model.columns:
+            error = float(least[model.columns.index(tag.name)])
+            usual[i] = error if math.isfinite(error) else 0.0
+    return usual
 
 
 def _check(record: Record, cycle: Cycle) -> list[Tag]:
@@ -198,115 +198,6 @@ def _features(columns: Record, cut: Cut, kept: Int64, width: float, counts: tupl
         out[i, :n_run] = means
         part_features(values, valid, len(values), n_run, n_bins, n_phases, out[i])
     return out
-
-
-def _floors(plan: ColumnPlan, columns: Record, kind: Int64) -> Float64:
-    """Return float64[r, c]: the smallest spread of each feature; the resolution of a tag is no health."""
-    floor = np.empty((len(kind), len(plan.columns)))
-    for c, column in enumerate(plan.columns):
-        x = columns.values[columns.valid[:, c] != 0, c]
-        low, high = np.quantile(x, [0.01, 0.99])
-        distinct = np.unique(x)
-        steps = np.diff(distinct)
-        step = float(np.median(steps)) if len(distinct) < len(x) // 4 else 0.0  # many equal values: it is rounded
-        if column.decimals is not None and column.name in plan.tags:
-            step = max(step, 10.0 ** -column.decimals)
-        span = max(float(high - low), float(x.max() - x.min()) * 0.1, 1e-12)
-        floor[:, c] = max(FLOOR * span, RESOLUTION_SHARE * step)
-        floor[kind == NOISE, c] = max(NOISE_FLOOR * span, RESOLUTION_SHARE * step)
-    return floor
-
-
-def _corridor(features: Float64, kind: Int64, floor: Float64) -> tuple[Float64, Float64]:
-    """Return (center, spread), float64[r, c]; a bin has at least the mean spread of its neighbours."""
-    center = np.empty(features.shape[1:])
-    own = np.empty_like(center)
-    corridor(np.ascontiguousarray(features), max(MIN_PEAKS, len(features) // 2), center, own)
-    spread = own.copy()
-    for k in range(MEAN):
-        rows = np.flatnonzero(kind == k)
-        reach = NEIGHBOURS if k in (RUN, BIN) else 1
-        squares = own[rows] ** 2
-        total, count = np.zeros_like(squares), np.zeros_like(squares)
-        for shift in range(-reach, reach + 1):
-            for i in range(max(0, -shift), min(len(rows), len(rows) - shift)):
-                good = ~np.isnan(squares[i + shift])
-                total[i, good] += squares[i + shift, good]
-                count[i, good] += 1
-        pooled = np.sqrt(total / np.maximum(count, 1))
-        spread[rows] = np.maximum(own[rows], pooled)
-    return center, np.where(np.isnan(own), np.nan, np.maximum(spread, floor))
-
-
-def _held_out(parts: _Parts, kind: Int64, floor: Float64) -> tuple[Float64, Float64]:
-    """Return departures of parts not learnt, in spreads: the worst float64[p, k, c] and of the time float64[p]."""
-    p, _, n_columns = parts.features.shape
-    worst = np.full((p, len(KINDS), n_columns), np.nan)
-    where = np.zeros((len(KINDS), n_columns), np.int64)
-    late = np.zeros(p)
-    every = np.arange(p)
-    for start, stop in pairwise(np.linspace(0, p, FOLDS + 1).astype(np.int64)):
-        rest = np.concatenate([every[:start], every[stop:]])
-        center, spread = _corridor(parts.features[rest], kind, floor)
-        usual, time_spread = _time_corridor(parts.rows[rest])
-        for i in range(start, stop):
-            depart(parts.features[i], center, spread, kind, 0, len(kind), worst[i], where)
-            late[i] = abs(parts.rows[i] - usual) / time_spread
-    return worst, late
-
-
-def _time_corridor(rows: Int64) -> tuple[float, float]:
-    """Return (usual, spread) of the number of rows of a part."""
-    x = np.ascontiguousarray(rows, np.float64).reshape(-1, 1, 1)
-    center, spread = np.empty((1, 1)), np.empty((1, 1))
-    corridor(x, 1, center, spread)
-    return float(center[0, 0]), max(float(spread[0, 0]), 0.5, FLOOR * float(center[0, 0]))
-
-
-def _times(rows: Int64, late: Float64, rate: float, cycle: Cycle, period_ns: int) -> Float64:
-    """Return (shortest, usual, longest) rows of a part, float64[3]: the limits of the time it takes."""
-    usual, spread = _time_corridor(rows)
-    reach = _peak_limit(late, rate, 0) * spread
-    low = max(0.0, min(usual - reach, float(rows.min()) - 1))
-    high = max(usual + reach, float(rows.max()) + 1)
-    if cycle.shortest_ns:
-        low = max(low, min(cycle.shortest_ns / period_ns, usual - 1))
-    if cycle.longest_ns:
-        high = min(high, max(cycle.longest_ns / period_ns, usual + 1))
-    return np.array([low, usual, high])
-
-
-def _peak_limit(stat: Float64, rate: float, features: int) -> float:
-    """Return the limit that `rate` of the parts exceed; never below all that was seen.
-
-    stat : float64[p]; largest departure of `features` features of a held-out part, in spreads (0: of a single figure
-    without any mixing, such as the time it took, which may well be bounded). The tail is that of
-    `calibration`: peaks of runs of high parts, u + m ln(lambda / rate) or the same in the logarithm, whichever is
-    larger (see `detector.md` 8). No tail is taken to be lighter than a normal one: where steep and quiet stretches are
-    mixed, the bounded departures of the steep ones hide the tails of the quiet ones (5 % noise on the simulated press:
-    12 false alarms a day instead of 1). With too few peaks for a tail of its own the normal one goes through the
-    largest departure that was seen.
-    """
-    x = stat[~np.isnan(stat)]
-    n = len(x)
-    if n < MIN_PEAKS:
-        return math.inf
-    seen = float(x.max())
-    limit = max(SEEN_FACTOR * seen, LIMIT_FLOOR)
-    if features:
-        limit = max(limit, -NormalDist().inv_cdf(min(0.5, rate / (2 * features))))
-    above = np.flatnonzero(x > np.quantile(x, min(0.9, max(0.5, 1 - FEW_PARTS / n))))
-    starts = np.append(0, np.flatnonzero(np.diff(above) > 1) + 1) if len(above) else np.zeros(0, np.int64)
-    peaks = np.sort(np.maximum.reduceat(x[above], starts)) if len(above) else np.zeros(0)
-    highest = min(len(peaks) - 1, max(MIN_PEAKS, min(MAX_PEAKS, len(peaks) // 4)))
-    if highest < MIN_PEAKS:
-        return max(limit, seen * math.sqrt(max(1.0, -math.log(min(1.0, rate)) / math.log(n))))
-    base = float(peaks[-highest - 1])
-    ahead = max(0.0, math.log(highest / n / rate))
-    limit = max(limit, base + float(np.mean(peaks[-highest:] - base)) * ahead)
-    if base > 0:
-        limit = max(limit, base * math.exp(float(np.mean(np.log(peaks[-highest:] / base))) * ahead))
-    return limit
 
 
 def _notes(parts: _Parts, model: PartModel, reasons: Mapping[str, int], per_day: float, budget: float,

@@ -1,0 +1,75 @@
+"""Servers, a fitted model, and delays short enough for tests that everybody runs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from running import write
+
+from opcua_detector.api import Record
+from opcua_detector.app import fit_config, group_tags
+from opcua_detector.client import session, subscription
+from opcua_detector.config import GroupConfig, load
+from sim_server.processes import make
+
+from .rig import configuration
+from .vendors import SEED, SecondVendor, Simulator, second_vendor, simulator
+
+
+def healthy(group: GroupConfig) -> Record:
+    """Rows of the simulated plant of SEED: those that both servers send live, so that none of them is news."""
+    return Record.from_rows(make("lorenz", seed=SEED).simulate(60_000), group_tags(group), group.period)
+
+
+@pytest.fixture(scope="session")
+def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plant-models")
+    file = write(folder, configuration("opc.tcp://127.0.0.1:1/"))
+    for fitted in fit_config(load(file), file, healthy):
+        fitted.model.save(fitted.path)
+    return folder / "models"
+
+
+@pytest.fixture
+def folder(_models: Path, tmp_path: Path) -> Path:
+    """A folder with the fitted model."""
+    shutil.copytree(_models, tmp_path / "models")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    with simulator(tmp_path_factory.mktemp("plant")) as running:
+        yield running
+
+
+@pytest.fixture
+def plant(_shared: Simulator) -> Simulator:
+    """A simulated plant that the tests share; those that kill one take `own_plant`."""
+    return _shared
+
+
+@pytest.fixture
+def own_plant(tmp_path: Path) -> Iterator[Simulator]:
+    """A simulated plant for one test."""
+    with simulator(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecondVendor]:
+    """A node-opcua server for one test."""
+    with second_vendor(tmp_path_factory.mktemp("node")) as running:
+        yield running
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notice silence and try again within tenths of a second instead of seconds."""
+    monkeypatch.setattr(subscription, "KEEP_ALIVE_S", 0.5)
+    monkeypatch.setattr(subscription, "SILENCE_MARGIN_S", 0.5)
+    monkeypatch.setattr(session, "LAST_DELAY_S", 0.5)
+    monkeypatch.setattr(session, "PROBE_S", 1.0)
