@@ -27,8 +27,8 @@ demo: $(VENV)/.base  ## both simulated plants: learn, detect a fault, explain it
 	$(BIN)/opcua-detector demo --process lorenz --seconds $(SECONDS)
 	$(BIN)/opcua-detector demo --process throttle --seconds $(SECONDS)
 
-test: $(VENV)/.dev  ## all tests that need no torch
-	$(BIN)/python -m pytest -m "not train" $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## all tests that need neither torch nor Node.js nor minutes
+	$(BIN)/python -m pytest -m "not train and not plant" $(PYTEST_ARGS)
 
 test-train: $(VENV)/.train  ## tests that train with torch
 	$(BIN)/python -m pytest -m train $(PYTEST_ARGS)

@@ -200,6 +200,12 @@ def keep_fitted(fitted: Sequence[Fitted], store: Store) -> None:
             "excluded": dict(one.report.excluded)}))
 
 
+def alert_of(monitor: MonitorConfig) -> AlertSettings:
+    """Return what makes an alert of a monitor's score."""
+    return AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity, monitor.settling or 0, monitor.inhibit,
+                         monitor.maintenance)
+
+
 def open_monitor(
     monitor: MonitorConfig, group: GroupConfig, model: NormalityModel, registry: Registry,
 ) -> Monitor:
@@ -224,8 +230,7 @@ def open_monitor(
             fitted, now = model.facts["setup"][key], setup_of(monitor, group)[key]
             raise ModelTagsError(f"the model was fitted with {key} {fitted}, the config says {now}",
                                  where=f"monitor {monitor.name}", next_step="fit the monitor again")
-    alert = AlertSettings(monitor.on_delay, monitor.off_delay, monitor.severity, monitor.settling or 0,
-                          monitor.inhibit, monitor.maintenance)
+    alert = alert_of(monitor)
     if is_part_model(model):
         return PartMonitor(monitor.name, model, tags, alert)
     columns = model.plan.columns

@@ -313,7 +313,7 @@ def _resolved(params: Any, fitted: MethodModel) -> Any:
 
 
 def _part(label: str, plugin: Plugin, fitted: MethodModel, method: Method, tags: Sequence[str]) -> Part:
-    share = fitted.params.get("nonlinear_share")
+    share = fitted.params.get("plant_share", fitted.params.get("nonlinear_share"))
     return Part(label, tuple(method.channels), tuple(tags), plugin.name in OUR_PREDICTORS,
                 None if share is None else float(share) >= NONLINEAR_SHARE)
 

@@ -35,6 +35,10 @@ _POLICIES: Final = (
     ua.SecurityPolicyType.NoSecurity,
     ua.SecurityPolicyType.Basic256Sha256_Sign,
     ua.SecurityPolicyType.Basic256Sha256_SignAndEncrypt,
+    ua.SecurityPolicyType.Aes128Sha256RsaOaep_Sign,
+    ua.SecurityPolicyType.Aes128Sha256RsaOaep_SignAndEncrypt,
+    ua.SecurityPolicyType.Aes256Sha256RsaPss_Sign,
+    ua.SecurityPolicyType.Aes256Sha256RsaPss_SignAndEncrypt,
 )
 
 _logger = logging.getLogger(__name__)

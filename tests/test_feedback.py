@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,8 @@ FAULTS = {
 METHODS = ["regression", "transition"]
 START = 3000  # of a fault
 ROWS = 6000
+Rows = tuple[np.ndarray, np.ndarray]
+"""Rows and their ground truth."""
 
 
 @cache
@@ -203,6 +206,141 @@ def test_the_papers_detector_adapts_at_once_and_for_good_by_the_papers_rules():
     old, new = (m.normality.methods[0].arrays["lo"].shape[0] for m in (model, adapted))
     assert new > old, "eq. 14: new transitions joined"
     assert expire(adapted.normality, AT + 10**6 * DAY_NS) == (adapted.normality, ())
+
+
+def other_fault(seed: int, tag: int, kind: str, size: float, start: int = 1500, n: int = 3000) -> Rows:
+    """Rows of the linear plant with a fault of one tag; size in standard deviations, a factor, or rows."""
+    rows = linear_rows(n, seed).copy()
+    healthy, x = linear_rows(8000, 1)[:, tag], rows[start:, tag]
+    if kind == "bias":
+        x = x + size * healthy.std()
+    elif kind == "noise":
+        x = x + size * healthy.std() * np.random.default_rng(seed + 1000).standard_normal(len(x))
+    elif kind == "gain":
+        x = healthy.mean() + size * (x - healthy.mean())
+    elif kind == "lag":
+        x = rows[start - int(size):n - int(size), tag].copy()
+    else:
+        x = x + size * healthy.std() * np.linspace(0, 1, len(x))
+    rows[start:, tag] = x
+    return rows, (np.arange(n) >= start).astype(np.uint8)
+
+
+def before_and_after(model: Detector, adapted: Detector, faults: Sequence[Rows]) -> tuple[float, float, float, float]:
+    """Return (AUC before, after, share of faulty rows in alarm before, after), means over some faults."""
+    found = []
+    for rows, truth in faults:
+        shares = [float((m.score(rows)[truth != 0] >= 1.0).mean()) for m in (model, adapted)]
+        found.append([auc(model, rows, truth), auc(adapted, rows, truth), *shares])
+    return tuple(np.mean(found, axis=0))
+
+
+SAME_TAG = [(3, "bias", 0.7), (3, "bias", 0.5), (3, "bias", 0.4), (3, "bias", -0.7), (3, "bias", -0.5),
+            (3, "bias", -0.4), (3, "noise", 0.3), (3, "noise", 0.6), (3, "gain", 1.3), (3, "lag", 5),
+            (3, "drift", 1.0), (3, "drift", -1.0)]
+OTHER_TAGS = [(1, "bias", 0.5), (5, "bias", -0.5), (8, "noise", 0.5), (0, "gain", 1.4)]
+
+
+@pytest.mark.parametrize(("said", "length"), [
+    (("bias", 0.7), 60), (("bias", -0.7), 60), (("noise", 0.6), 60), (("bias", 0.7), 300),
+])
+def test_on_a_linear_plant_other_and_weaker_faults_of_the_same_tag_are_still_found(said, length):
+    """A fault is excused where it was seen, in its direction and with its size: no other loses more than .005 AUC or a
+    tenth of its rows in alarm.
+
+    Two cannot be told apart, and only there: where the plant stood when a bias of .7 standard deviations was declared
+    normal, one of .5 lies inside the plant's own noise about it (relation error .1 standard deviations, and the mean
+    of 8 to 18 rows is judged). After 300 such rows the bias of -.5 in the same direction as a declared -.7 kept .79 of
+    its rows in alarm (161 of 1000 before, AUC .9960 -> .9949); after 60 rows .99.
+    """
+    model = linear_model()
+    rows, _ = other_fault(5, 3, *said)
+    start = first_alarm(model, rows, 1500)
+    adapted = clicked(model, rows, start, start + length)
+    assert adapted.outcome.action == "adapted", adapted.outcome.text
+    assert np.nanmax(adapted.score(rows)[start:start + length]) < 1.0
+    for fault in [*SAME_TAG, *OTHER_TAGS]:
+        auc_before, auc_after, before, after = before_and_after(
+            model, adapted, [other_fault(seed, *fault) for seed in (8, 9)])
+        assert auc_after >= auc_before - 0.005, fault
+        assert before < 0.02 or after >= 0.9 * before, fault
+
+
+@pytest.mark.parametrize(("process", "fault"), [(p, f) for p in FAULTS for f in FAULTS[p]])
+def test_on_the_simulated_plants_other_and_weaker_faults_are_still_found(process, fault):
+    """The first alert (60 rows) was declared false: every other fault, and the same one at 60 % of its size, loses at
+    most .005 AUC and a tenth of its rows in alarm.
+
+    After a *whole* fault of 30 s or more was declared false (1024 situations), AUC still falls by at most .005, and
+    other faults of the Lorenz plant keep at least .99 of their rows in alarm. What keeps fewer on the throttle lies
+    inside what was seen everywhere: the same fault at 60 % (Kb .73, La .62, Kt .99), and La, which shows in 8 % of
+    its rows only (.80 after Kt).
+    """
+    model, (rows, _) = plant_model(process), faulty(process, fault)
+    start = first_alarm(model, rows, START)
+    adapted = clicked(model, rows, start, start + 60)
+    assert adapted.outcome.action == "adapted", adapted.outcome.text
+    for other, whole in FAULTS[process].items():
+        for factor in (whole, 1.0 + 0.6 * (whole - 1.0)):
+            if (other, factor) != (fault, whole):
+                auc_before, auc_after, before, after = before_and_after(
+                    model, adapted, [rows_of(process, ROWS, seed, other, factor) for seed in (7, 8)])
+                assert auc_after >= auc_before - 0.005, (other, factor)
+                assert before < 0.02 or after >= 0.9 * before, (other, factor)
+
+
+@pytest.mark.parametrize(("process", "fault"), [("lorenz", "sigma"), ("lorenz", "beta")])
+def test_after_a_whole_fault_was_declared_false_other_faults_alarm_as_before(process, fault):
+    model, (rows, _) = plant_model(process), faulty(process, fault)
+    adapted = clicked(model, rows, first_alarm(model, rows, START), ROWS)
+    assert adapted.outcome.action == "adapted", adapted.outcome.text
+    for other, factor in FAULTS[process].items():
+        if other != fault:
+            auc_before, auc_after, before, after = before_and_after(
+                model, adapted, [rows_of(process, ROWS, seed, other, factor) for seed in (7, 8)])
+            assert auc_after >= auc_before - 0.005 and after >= 0.9 * before, other
+
+
+def test_a_residual_with_its_direction_is_the_plain_one_with_a_sign():
+    for model in (linear_model(), plant_model("lorenz")):
+        rows = linear_rows(3000, 5) if model is linear_model() else faulty("lorenz", "beta")[0]
+        columns = model.normality.plan.prepare(model.record(rows))
+        fitted = next(m for m in model.normality.methods if m.plugin == "regression")
+        plain, signed = model.open(fitted, columns.tags), SignedRegression(fitted, columns.tags)
+        assert_array_equal(np.abs(signed.residuals(columns)), plain.residuals(columns))
+        assert (signed.residuals(columns) < 0).any() and (signed.residuals(columns) > 0).any()
+        for t in range(50):
+            signed.update(columns.values[t], columns.valid[t])
+        assert_array_equal(signed.residual, signed.residuals(columns.rows(0, 50))[-1])
+        signed.reset()
+        signed.update(columns.values[0], columns.valid[0])
+        assert np.isnan(signed.residual).all()
+
+
+def test_rows_that_are_kept_back_are_neither_alerts_nor_adapted_to():
+    """Maintenance, inhibit and settling, as the running monitor sees them."""
+    model, (rows, _) = plant_model("lorenz"), faulty("lorenz", "beta")
+    start = first_alarm(model, rows, START)
+    hold = np.zeros(len(rows))
+    hold[start + 30:] = 1.0
+    alert = AlertSettings(inhibit=("hold",))
+    record = Record.from_rows(np.column_stack([rows, hold]), [*model.tags, Tag("hold")], 10_000_000)
+    frames, monitor = frames_of(record), RowMonitor(
+        "rows", model.normality, model.monitor().methods, record.tags, alert)
+    alerts = sum(Engine([monitor]).step(frame)[0].raised for frame in frames)
+    told = forecast(model.normality, model.normality, record, model.open, alert=alert)
+    assert told.before == told.after == alerts
+    free = forecast(model.normality, model.normality, record, model.open)
+    assert free.before >= told.before
+    inside = Feedback("false alarm", int(record.source_ns[start + 30]), int(record.source_ns[start + 90]), "op", AT)
+    nothing = give_feedback(model.normality, record, inside, model.open, alert=alert)
+    assert nothing.action == "unchanged" and nothing.model is model.normality
+    across = replace(inside, start_ns=int(record.source_ns[start]))
+    part = give_feedback(model.normality, record, across, model.open, alert=alert)
+    whole = give_feedback(model.normality, record, across, model.open)
+    assert part.action == whole.action == "adapted"
+    balls = [Allowances.of(outcome.model).n_balls for outcome in (part, whole)]
+    assert balls[0] < balls[1], "what was seen in maintenance teaches nothing"
 
 
 # -- what streams -------------------------------------------------------------------------------------------------
@@ -481,7 +619,7 @@ def test_no_value_and_no_distance_is_taken_in_beyond_the_protected_limits():
     rows[1500:, 3] += 3 * span
     start = first_alarm(model, rows, 1500)
     refused = clicked(model, rows, start, start + 60)
-    assert refused.outcome.action == "refused" and "protected range" in refused.outcome.text
+    assert refused.outcome.action == "refused" and "what was learnt by more" in refused.outcome.text
     rows = linear_rows(3000, 5).copy()
     middle = np.argsort(np.abs(rows[1500:2900, 3] - model.normality.span[3].mean()))[0] + 1500
     rows[middle:middle + 40, 3] = model.normality.span[3].mean() + 0.38 * span  # inside its range, far from the others
@@ -582,7 +720,7 @@ def test_a_thousand_feedbacks_do_not_bloat_the_model(mode, tmp_path):
         if k % 50 == 0 or k == 999:
             allowances = Allowances.of(model)
             balls = max(balls, allowances.n_balls if allowances else 0)
-            assert len(model.deltas) <= fold.MOST_DELTAS + 8
+            assert len(model.deltas) <= fold.MOST_DELTAS + fold.MOST_GROUPS
     counts = {action: actions.count(action) for action in actions}
     assert counts["adapted"] >= (fold.MOST_DELTAS if mode == "paper" else 20), counts
     assert mode == "paper" or counts["refused"] > 100  # nobody has reviewed them

@@ -152,7 +152,7 @@ def alarms_of(calibration, residual, off_delay=50):
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.9], ids=["independent rows", "rows that remember"])
-@pytest.mark.parametrize("per_day", [400.0, 2000.0])
+@pytest.mark.parametrize("per_day", [1000.0, 2000.0])
 def test_what_was_asked_for_is_realised_on_fresh_rows_where_the_record_supports_it(memory, per_day):
     parts, realised, asked = predictors("abc", nonlinear=False), 0, 0.0
     for seed in range(2):
@@ -162,7 +162,7 @@ def test_what_was_asked_for_is_realised_on_fresh_rows_where_the_record_supports_
         fresh = errors(500_000, 6, memory, 100 + seed)
         realised += alarms_of(c, fresh)
         asked += per_day * len(fresh) * PERIOD_S / DAY_S
-    assert asked / 8 < realised < 2 * asked  # rather too silent: the standard error of the tail is added to it
+    assert asked / 2 < realised < 2 * asked
 
 
 @pytest.mark.parametrize("nonlinear", [False, True])

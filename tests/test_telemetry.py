@@ -120,6 +120,7 @@ async def test_a_running_service_tells_its_counters_in_both_formats(plant: Runni
         assert abs(found["server_clock_offset_seconds", server]) < 1  # one machine, one clock
         assert found["subscription_values_total", stream] >= 2 * scored
         assert found["subscription_tags", stream] == 2 and found["subscription_tags_failing", stream] == 0
+        assert 0 <= found["server_publish_requests_outstanding", server] <= 4
         assert found["group_rows_total", labels(group="lorenz")] >= scored
         fates = ("used", "late", "duplicate", "replaced", "skipped")
         taken = sum(found[f"group_samples_{fate}_total", labels(group="lorenz")] for fate in fates)
@@ -538,6 +539,19 @@ async def test_a_stopped_service_is_as_live_states_say(plant: RunningPlant, fold
         url = "http://{}:{}/metrics".format(*(service.telemetry.address or ()))
         with await asyncio.to_thread(urllib.request.urlopen, url) as answer:  # a client of another make
             assert answer.status == 200
+
+
+def test_run_tells_everything_as_json_lines_where_that_is_configured(
+    plant: RunningPlant, folder: Path, root_log: None,
+) -> None:
+    given = configuration(plant.endpoint, log={"format": "json", "level": "info"})
+    ran = cli("run", write(folder, given, "json.yaml"), "--seconds", "2")
+    assert ran.code == 0, ran.err
+    lines = [json.loads(line) for line in ran.err.splitlines()]
+    told = {line["event"] for line in lines}
+    assert {"run", "metrics and health are served at"} <= told and "" not in told
+    assert any("INSECURE" in line["message"] and line["server"] == "plant" for line in lines)
+    assert all(line["ts"] and line["level"] in ("info", "warning") for line in lines)
 
 
 # --- the samples for service managers ---

@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, DetectorError
-from . import assess, demo, doctor, feedback, offline, online, support
+from . import assess, cert, demo, doctor, feedback, offline, online, support
 from .terminal import EXIT_INTERRUPTED, err, fail
 
 TRACEBACK = "OPCUA_DETECTOR_TRACEBACK"  # set to 1: an unexpected failure shows where it happened
@@ -81,6 +81,7 @@ for function, words in COMMANDS:
     app.command(short_help=words, context_settings=own, add_help_option=function is not online.sim)(function)
 app.command("support-bundle", short_help="Collect what support needs, without secrets.")(support.support_bundle)
 app.add_typer(feedback.app, name="feedback", short_help="Tell what an alert was; review what was made of it.")
+app.add_typer(cert.app, name="cert", short_help="This client's certificate, and which servers it trusts.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,13 +22,15 @@ from ..store import FeedbackEntry, Store
 from .terminal import AsJson, ConfigFile, clock, err, interval_ns, out, print_json, show, table
 
 POLL_S = 0.2
+REFUSED = 1  # exit code
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     help="Tell the detector what an alert was, and review what it made of that.",
     epilog="""\b
 A false alarm is taken in at once, so that the same situation alarms no more. It is provisional: it reverts by
-itself after 7 days unless an engineer confirms it. Every step is in the audit of the store.
+itself (after 7 days; `feedback: {expires: 14 d}` of the monitor) unless an engineer confirms it. Every step is in
+the audit of the store.
 
 \b
   opcua-detector feedback add plant.yaml --monitor pump --event 12 --label "false alarm"
@@ -41,6 +43,10 @@ itself after 7 days unless an engineer confirms it. Every step is in the audit o
 
 The commands work while `run` is live (it answers within seconds, and swaps the model in without losing a row) and
 while it is not (they change the model file themselves).
+
+\b
+Exit code 0: it was taken, noted, is known already (nothing to change), or waits in the store for `run` to answer.
+Exit code 1: it was refused; stderr says why and what to do. 2: wrong usage.
 """,
 )
 
@@ -73,8 +79,10 @@ def add(
 ) -> None:
     """Say what an alert or an interval was: a false alarm, true, unsure, or missed (it should have alarmed).
 
-    A false alarm is refused, with the reason, where it goes beyond EURange or too far beyond what was learnt, or where
-    a tag keeps trending. A missed alert lowers the limit that came closest, as far as the alarm budget allows.
+    A false alarm is refused (exit code 1), with the reason and the next step on stderr, where it goes beyond EURange,
+    a protected range or too far beyond what was learnt, or where a tag keeps trending. A missed alert lowers the limit
+    that came closest, as far as the alarm budget allows; where it cannot it is noted. What changes nothing because it
+    is known already ends with 0.
     """
     if label not in LABELS:
         raise ConfigError("wrong value", key="--label", value=label, expected=", ".join(LABELS),
@@ -222,16 +230,29 @@ def _ask_service(config: Config, entry: FeedbackEntry, wait: float) -> dict[str,
 
 
 def _show(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Show the answer; leave with 1 where what was asked for was refused.
+
+    Raises
+    ------
+    typer.Exit
+        It was refused; the reason with the next step is on stderr.
+    """
+    refused = [one["text"] for one in (facts, facts.get("confirmed", {})) if one.get("action") == "refused"]
     if as_json:
         print_json(facts)
-        return
-    out.print(facts["text"], markup=False)
-    if facts.get("forecast"):
-        out.print(str(facts["forecast"]), markup=False)
-    if "confirmed" in facts:
-        out.print(facts["confirmed"]["text"], markup=False)
-    if facts["action"] == "pending":
-        err.print("the store is held by another process", style="yellow")
+    else:
+        if facts["action"] != "refused":
+            out.print(facts["text"], markup=False)
+        if facts.get("forecast"):
+            out.print(str(facts["forecast"]), markup=False)
+        if "confirmed" in facts and facts["confirmed"]["action"] != "refused":
+            out.print(facts["confirmed"]["text"], markup=False)
+        if facts["action"] == "pending":
+            err.print("the store is held by another process", style="yellow")
+    for text in refused:
+        err.print(text, markup=False, style="red", soft_wrap=True)
+    if refused:
+        raise typer.Exit(REFUSED)
 
 
 def _monitor(config: Config, given: str | None) -> str:

@@ -397,7 +397,8 @@ def run_facts(service: Service) -> dict[str, Any]:
         "steps": service.steps,
         "scoring_us": {"p50": float(np.median(used)) / 1e3, "p99": float(np.quantile(used, 0.99)) / 1e3}
         if len(used) else None,
-        "sessions": {name: {"state": s.state.value, **s.counters} for name, s in service.sessions.items()},
+        "sessions": {name: {"state": s.state.value, "security": s.security.facts(), **s.counters}
+                     for name, s in service.sessions.items()},
         "groups": {name: feed.counters() for name, feed in service.feeds.items()},
         "store": {"committed_seq": service.store.committed_seq} if service.store else None,
         "monitors": {name: {

@@ -36,6 +36,7 @@ MOST_HELD_BYTES = 32 * 2**20  # of messages that wait for a missing one
 _MOST_ACKS = 1000  # in one request
 _BROKEN_IN_A_ROW = 3
 _BEHIND_IN_A_ROW = 3
+_MOST_AHEAD = 100_000  # messages that a server can have lost before it has rather begun anew with its numbers
 _PAUSE_FIRST_S, _PAUSE_LAST_S = 0.05, 5.0
 _BUSY = frozenset({"BadTimeout", "BadRequestTimeout", "BadServerTooBusy", "BadTcpServerTooBusy", "BadOutOfMemory"})
 _NUMBERS = 0xFFFFFFFF  # sequence numbers run from 1 to this and begin at 1 again
@@ -224,6 +225,7 @@ class PublishPump:
             self._rest()
         elif name == "BadNoSubscription":
             self.counters["refused"] += 1
+            self._acks = []
             lines = list(self._lines.values())
             for subscription_id in tuple(self._lines):
                 self.forget(subscription_id)
@@ -244,32 +246,24 @@ class PublishPump:
         """Hand a message out, or hold it until those before it are there."""
         number = message.sequence_number
         ahead = _ahead(number, line.expected) if line.expected else 0
-        if ahead < 0 and not message.blocks:  # some servers repeat the last number; that it came is all it says
-            self._deliver(line, message)
-            return
-        if ahead < 0:
-            line.behind += 1
-            if line.behind < _BEHIND_IN_A_ROW and -ahead <= MOST_MISSING:
+        if not message.blocks:
+            # Its number is that of the next message, but not with every server: believed where the server says itself
+            # that it has kept what would be missing.
+            if 0 < ahead <= MOST_MISSING and line.expected in message.available:
+                self._misses(line, message.subscription_id, ahead)
+                line.expected = number
+        else:
+            if -MOST_MISSING <= ahead < 0 and line.behind + 1 < _BEHIND_IN_A_ROW:
+                line.behind += 1
                 self.counters["duplicates"] += 1
                 return
-            # No repetition: whoever waited for the old numbers would wait for ever.
-            self.counters["renumbered"] += 1
-            self._give_up(line)
-            ahead = 0
-        line.behind = 0
-        if ahead > 0:
-            self.counters["holes"] += 1
-            first = line.expected
-            if ahead > MOST_MISSING:
-                line.lost += ahead - MOST_MISSING
-                first = (first + ahead - MOST_MISSING - 1) % _NUMBERS + 1
-            asked = bool(line.missing)
-            for _ in range(min(ahead, MOST_MISSING)):
-                line.missing.append(first)
-                first = next_number(first)
-            if not asked:
-                self._ask(message.subscription_id, line)
-        line.expected = next_number(number) if message.blocks else number
+            line.behind = 0
+            if ahead < 0 or ahead > _MOST_AHEAD:  # whoever waited for the old numbers would wait for ever
+                self.counters["renumbered"] += 1
+                self._give_up(line)
+            elif ahead > 0:
+                self._misses(line, message.subscription_id, ahead)
+            line.expected = next_number(number)
         if not line.missing:
             self._deliver(line, message)
             return
@@ -277,6 +271,16 @@ class PublishPump:
         line.held_bytes += len(message.raw)
         if line.held_bytes > MOST_HELD_BYTES or len(line.missing) > 4 * MOST_MISSING:
             self._give_up(line)
+
+    def _misses(self, line: _Line, subscription_id: int, ahead: int) -> None:
+        """Ask for the messages from the expected one on; of many only the newest, which a server may still have."""
+        self.counters["holes"] += 1
+        asked = bool(line.missing)
+        too_many = max(0, ahead - MOST_MISSING)
+        line.lost += too_many
+        line.missing += [(line.expected + i - 1) % _NUMBERS + 1 for i in range(too_many, ahead)]
+        if not asked:
+            self._ask(subscription_id, line)
 
     def _ask(self, subscription_id: int, line: _Line) -> None:
         """Ask for the first missing message."""
@@ -342,7 +346,8 @@ class PublishPump:
         held = line.held
         n = len(held)
         if before:
-            n = sum(_ahead(before, one.sequence_number) >= (1 if one.blocks else 0) for one in held)
+            later = (i for i, one in enumerate(held) if one.blocks and _ahead(one.sequence_number, before) > 0)
+            n = next(later, n)
         line.held = held[n:]
         line.held_bytes = sum(len(one.raw) for one in line.held)
         for message in held[:n]:

@@ -25,6 +25,7 @@ from asyncua.ua.ua_binary import struct_from_binary
 
 from ..errors import ConnectionProblem
 from ..kernels.wire import EPOCH_TICKS
+from .cipher import seal
 from .wire_decode import (
     NO_ELEMENTS,
     NO_STAMP,
@@ -143,7 +144,7 @@ def send_prepared(client: Client, request: Prepared, timeout_s: float) -> asynci
         token = connection.security_token
         frame = _FRAME.pack(b"MSGF", size, token.ChannelId, token.TokenId, number, request_id) + body
     else:
-        frame = connection.message_to_binary(bytes(body), request_id=request_id)
+        frame = seal(connection, body, request_id) or connection.message_to_binary(bytes(body), request_id=request_id)
     protocol._request_id = request_id
     future: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
     protocol._callbackmap[request_id] = future

@@ -25,6 +25,7 @@ from ..kernels import wire as _kernel
 
 NO_STAMP = _kernel.NO_STAMP
 NO_ELEMENTS: NDArray[np.int32] = np.empty(0, np.int32)
+_NO_NUMBERS: NDArray[np.uint32] = np.empty(0, np.uint32)
 MOST_SAMPLES = 2_000_000  # in one answer: 88 MB of columns
 MOST_NODES = 10_000  # in one HistoryReadResponse
 MOST_BLOCKS = 1000  # notifications in one message; the standard knows three kinds
@@ -143,6 +144,7 @@ class Message:
 
     raw : bytes of the answer; at : position of its first notification; blocks : how many follow, 0 on a keep-alive
     sequence_number : on a keep-alive that of the next message (Part 4, 5.14.1.1)
+    available : uint32[k]; on a keep-alive the numbers of the messages that the server keeps for Republish
     """
 
     raw: bytes
@@ -153,6 +155,7 @@ class Message:
     publish_ns: int
     more: bool
     republished: bool = False
+    available: NDArray[np.uint32] = field(default_factory=lambda: _NO_NUMBERS)
 
 
 @dataclass(slots=True)
@@ -242,13 +245,17 @@ def open_publish(body: Any) -> Message:
     at = _opened("PublishResponse", raw, _PUBLISH)
     try:
         subscription_id, available = _U4.unpack_from(raw, at)[0], _I4.unpack_from(raw, at + 4)[0]
-        at += 8 + 4 * max(0, available)
+        numbers_at = at + 8
+        at = numbers_at + 4 * max(0, available)
         more, sequence_number, ticks, blocks = _PUBLISHED.unpack_from(raw, at)
     except struct.error:
         _broken("PublishResponse", at, raw, "it ends too early")
-    return Message(
+    message = Message(
         raw, at + _PUBLISHED.size, max(0, blocks), subscription_id, sequence_number, _ns(ticks), more != 0
     )
+    if blocks <= 0 and available > 0:
+        message.available = np.frombuffer(raw, "<u4", available, numbers_at)
+    return message
 
 
 def open_republish(body: Any, subscription_id: int) -> Message:

@@ -24,6 +24,7 @@ MOST_DELTAS: Final = 64  # that can be undone; older ones that are for good are 
 TOTAL_BALLS: Final = 3072
 TOTAL_CELLS: Final = 1_000_000
 FOLDED_BALLS: Final = 1024
+MOST_GROUPS: Final = 8  # of folded balls, by the columns that tell their situation
 
 
 def make_room(model: NormalityModel) -> NormalityModel:
@@ -73,9 +74,14 @@ def _folded(folded: Sequence[Delta], delta: Delta) -> list[Delta]:
     about = delta.about.get(BALLS)
     key = [about["columns"], about["ages"]] if about else []
     at = next((i for i, d in enumerate(folded) if d.about["key"] == key), len(folded))
-    empty = Delta({"id": f"{FOLDED}-{at}", "label": FOLDED, "state": "confirmed", "key": key, "count": 0,
-                    "forgotten": 0, "reach": {}, "text": "folded into the model"})
-    old = folded[at] if at < len(folded) else empty
+    if at == len(folded) == MOST_GROUPS:
+        folded, old = _emptied(folded, key)
+        at = len(folded)
+    elif at == len(folded):
+        old = Delta({"id": f"{FOLDED}-{at}", "label": FOLDED, "state": "confirmed", "key": key, "count": 0,
+                     "forgotten": 0, "reach": {}, "text": "folded into the model"})
+    else:
+        old = folded[at]
     reach = {tag: list(value) for tag, value in old.about["reach"].items()}
     for tag, (level, way, highs) in delta.about.get("reach", {}).items():
         if tag not in reach:
@@ -104,6 +110,14 @@ def _folded(folded: Sequence[Delta], delta: Delta) -> list[Delta]:
         now["forgotten"] = old.about["forgotten"] + lost
     made = Delta(now, arrays)
     return [made if i == at else d for i, d in enumerate(folded)] if at < len(folded) else [*folded, made]
+
+
+def _emptied(folded: Sequence[Delta], key: list[Any]) -> tuple[list[Delta], Delta]:
+    """Return (the folded groups but the one that was begun first, that one without its balls, for another key)."""
+    oldest = next(d for d in folded if BALLS in d.arrays)
+    about = {name: value for name, value in oldest.about.items() if name != BALLS}
+    about |= {"key": key, "forgotten": oldest.about["forgotten"] + len(oldest.arrays[BALLS])}
+    return [d for d in folded if d is not oldest], Delta(about)
 
 
 def _thinned(balls: Float64, keys: int, most: int) -> tuple[Float64, int]:

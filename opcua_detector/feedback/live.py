@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..nodes import INPUT_NODES
 from ..store import AuditEntry, FeedbackEntry, Store
 from .bench import MAX_ROWS, lead_rows, prime_rows
 from .desk import Answer, Desk
-from .hmi import NAME, parse
+from .hmi import FEEDBACK, FEEDBACK_BY, PER_HOUR, Gate, is_name, shown
 from .recent import RecentRows
 
 log = logging.getLogger(__name__)
@@ -40,8 +39,7 @@ log = logging.getLogger(__name__)
 POLL_S: Final = 1.0
 EXPIRE_S: Final = 60.0
 RING_BYTES: Final = 64_000_000
-LEAST_APART_S: Final = 2.0  # two words of the HMI on one monitor
-PER_HOUR: Final = 60
+MOST_ANSWERS: Final = 100
 RESULT_CHARS: Final = 400
 STOP_S: Final = 5.0
 
@@ -80,8 +78,7 @@ class LiveFeedback:
 
     Attributes
     ----------
-    answers : those given since the start, oldest first
-    refused : words of the HMI that were not taken
+    answers : the last ones, oldest first
     taken_back : adaptations that ran already and were taken back, because they could not be saved
     seconds : of the last answer: adapt, prime, swap, save, forecast
     """
@@ -90,16 +87,21 @@ class LiveFeedback:
                  tell: Callable[[Any, str], None]) -> None:
         self.config, self.config_file, self.store, self.runs = config, config_file, store, runs
         self.answers: list[Answer] = []
-        self.refused = self.taken_back = 0
+        self.taken_back = 0
         self.seconds: dict[str, float] = {}
         self._tell = tell
         self._desk = Desk(config, config_file, store)
         self._registry = registry_of(config)
         self._engines: dict[str, tuple[Engine, RecentRows]] = {}
         self._inputs: list[TextInputs] = []
-        self._said: dict[str, deque[float]] = {}
+        self._gates: dict[str, Gate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._one_at_a_time = asyncio.Lock()
+
+    @property
+    def refused(self) -> int:
+        """Words of the HMI that were not taken, since the start."""
+        return sum(gate.refused for gate in self._gates.values())
 
     # --- start and stop
 
@@ -170,41 +172,30 @@ class LiveFeedback:
 
     def _heard(self, server: str, name: str, texts: Mapping[str, str], stale: bool) -> None:
         """Take a text of the HMI; on the loop."""
-        run, text = self.runs[name], texts[INPUT_NODES[0].signal]
-        by = texts[INPUT_NODES[1].signal]
-        now = time.monotonic()
-        said = self._said.setdefault(name, deque(maxlen=PER_HOUR))
-        entry = parse(text, run.monitor.verdict.source_ns or time.time_ns())
-        why = ""
-        if stale:
-            why = "it was written before the detector started; write it again"
-        elif said and now - said[-1] < LEAST_APART_S:
-            why = f"wait {LEAST_APART_S:g} s between two feedbacks"
-        elif len(said) == PER_HOUR and now - said[0] < 3600.0:
-            why = f"more than {PER_HOUR} feedbacks an hour"
-        elif entry is None:
-            why = f"write one of: {INPUT_NODES[0].meaning}"
-        elif by and NAME.fullmatch(by) is None:
-            why = "FeedbackBy is a name of at most 64 characters"
-        if why or entry is None:
-            self.refused += 1
-            if self.refused <= PER_HOUR:  # a server that floods us must not fill the audit
-                self.store.record_audit(AuditEntry(by[:64] or f"operator at {server}", "feedback not taken", {
-                    "monitor": name, "server": server, "text": text, "why": why}), timeout_s=None)
+        run, gate = self.runs[name], self._gates.setdefault(name, Gate(name))
+        verdict = run.monitor.verdict
+        entry, why = gate.take(server, texts, stale, verdict.source_ns or time.time_ns(), time.monotonic())
+        if entry is None:
+            if gate.refused <= PER_HOUR:  # a server that floods us must not fill the audit
+                by = texts[FEEDBACK_BY]
+                self.store.record_audit(AuditEntry(
+                    by if is_name(by) else f"operator at {server}", "feedback not taken",
+                    {"monitor": name, "server": server, "text": shown(texts[FEEDBACK]), "why": why}), timeout_s=None)
             self._tell(run, f"not taken: {why}"[:RESULT_CHARS])
             return
-        said.append(now)
-        entry = replace(entry, who=by or f"operator at {server}", monitor=name, at_ns=time.time_ns(),
-                        model_id=run.monitor.model.model_id, comment=f"from server {server}")
+        entry = replace(entry, at_ns=time.time_ns(), model_id=run.monitor.model.model_id)
         if entry.event_no is None and entry.label in ("false alarm", "true", "unsure"):
-            entry = replace(entry, event_no=run.monitor.verdict.event_no)
+            entry = replace(entry, event_no=verdict.event_no)
         self._tell(run, f"received: {entry.label}")
-        self._spawn(self._take(entry), "feedback from the HMI")
+        self._spawn(self._take(entry, gate), "feedback from the HMI")
 
-    async def _take(self, entry: FeedbackEntry) -> None:
+    async def _take(self, entry: FeedbackEntry, gate: Gate) -> None:
         """Keep it; the poll, or this, answers it."""
-        number = await asyncio.to_thread(self.store.record_feedback, entry)
-        await self._answer(replace(entry, id=number))
+        try:
+            number = await asyncio.to_thread(self.store.record_feedback, entry)
+            await self._answer(replace(entry, id=number))
+        finally:
+            gate.waiting -= 1
 
     # --- answering
 
@@ -227,6 +218,7 @@ class LiveFeedback:
                 self.taken_back += 1
                 await self._swap(run, engine, recent, answer.before, recent.record(), recent.seq, _Clock())
             self.answers.append(kept)
+            del self.answers[:-MOST_ANSWERS]
             log.warning("monitor %s: feedback of %s: %s", entry.monitor, entry.who, kept.text)
             self._tell(run, kept.text[:RESULT_CHARS])
             if kept.model is not None:

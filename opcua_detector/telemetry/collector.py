@@ -157,7 +157,12 @@ class ServiceCollector(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all metrics as of now."""
+        """Yield all metrics as of now; between two of them the loop may have Python's lock, if it wants it."""
+        for family in self._families():
+            time.sleep(0)
+            yield family
+
+    def _families(self) -> Iterator[Metric]:
         yield InfoMetricFamily(PREFIX, "Version of the product.", value={"version": __version__})
         yield from self._loop()
         yield from self._servers()
@@ -198,7 +203,7 @@ class ServiceCollector(Collector):
             pump = session.pump
             if pump is not None:
                 publish.add((name,), pump.counters)
-                gauges.add((name,), publish_requests_outstanding=getattr(pump, "outstanding", None))
+                gauges.add((name,), publish_requests_outstanding=pump.outstanding)
         for name, back in list(service.backs.items()):
             writes.add((name,), back.counters)
         for part in (gauges, counts, publish, writes):
@@ -244,6 +249,7 @@ class ServiceCollector(Collector):
             "superseded": ("superseded_writes", "Results that a newer one replaced before they were sent."),
         }, ("monitor",))
         for name, run in list(self._service.runs.items()):
+            time.sleep(0)  # as in `collect`: there may be many
             verdict = run.monitor.verdict
             score, masked = verdict.score, self._masked(run)
             gauges.add((name,), score=score, slow_score=verdict.slow_score, limit=1.0, limit_ratio=score,

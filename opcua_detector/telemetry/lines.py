@@ -39,8 +39,9 @@ class JsonLines(logging.Formatter):
         message = record.getMessage()
         line: dict[str, object] = {
             "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "level": record.levelname.lower(), "event": event_of(str(record.msg)), "message": message,
-            "logger": record.name,
+            "level": record.levelname.lower(),
+            "event": event_of(str(record.msg)) or record.name.rpartition(".")[2],  # "%s: %s" says nothing by itself
+            "message": message, "logger": record.name,
         }
         subject = _SUBJECT.match(message)
         if subject is not None:

@@ -70,7 +70,8 @@ class Telemetry:
         endpoint = Endpoint(settings.host, settings.port, {METRICS: scrapes.answer, HEALTH: health, READY: is_ready})
         endpoint.start()
         self._endpoint = endpoint
-        log.info("metrics and health at http://%s:%d", *endpoint.address)
+        host, port = endpoint.address
+        log.info("metrics and health are served at %s", f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     def running(self) -> None:
         """Say that the start is over."""

@@ -33,6 +33,7 @@ from opcua_detector.api import Float64, Frame, Record
 from opcua_detector.app import fit_config, group_tags, keep_fitted, open_monitors
 from opcua_detector.config import Config, MonitorConfig, load
 from opcua_detector.engine import Engine, RowMonitor
+from opcua_detector.feedback.hmi import Gate
 from opcua_detector.feedback.live import LiveFeedback
 from opcua_detector.store import FeedbackEntry, Store
 
@@ -105,7 +106,8 @@ async def answered(config: Config, file: Path, store: Store, tags: int, seed: in
     assert raised, "the plant was to alarm"
     span = (raised, int(frame.source_ns))
     before = run.monitor.model.model_id
-    await live._take(FeedbackEntry("bench", "false alarm", "rows", None, *span, at_ns=time.time_ns()))
+    entry = FeedbackEntry("bench", "false alarm", "rows", None, *span, at_ns=time.time_ns())
+    await live._take(entry, Gate("rows"))
     assert live.answers[-1].action == "adapted", live.answers[-1].text
     assert run.monitor.model.model_id != before
     seconds = dict(live.seconds)

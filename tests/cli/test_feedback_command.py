@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from running import Ran, cli, content, snapshot, write
 
 from opcua_detector.api import Record
@@ -112,8 +113,8 @@ def test_the_same_again_changes_nothing_and_undo_gives_back_the_identical_model(
     before = bench.model_id
     first = add(bench).json
     adapted = bench.model_id
-    again = add(bench).json
-    assert again["action"] == "unchanged" and bench.model_id == adapted
+    again = add(bench)
+    assert again.code == 0 and again.json["action"] == "unchanged" and bench.model_id == adapted
     ran = cli("feedback", "undo", bench.file, "--id", first["delta"][:5], "--who", "ben", "--json")
     assert ran.json["action"] == "undone" and bench.model_id == before
 
@@ -163,13 +164,40 @@ def test_a_refused_feedback_changes_nothing_and_is_kept(bench: Bench) -> None:
     assert "eu_range" not in tight
     ran = cli("feedback", "add", bench.file, "--label", "false alarm", "--interval",
               "2020-01-01T00:00:00Z/2020-01-01T00:00:10Z", "--json")
-    assert ran.code == 0 and ran.json["action"] == "refused" and "not stored" in ran.json["text"]
-    ran = cli("feedback", "undo", bench.file, "--id", "abcd", "--json")
-    assert ran.json["action"] == "refused" and "no such adaptation" in ran.json["text"]
+    assert ran.code == 1 and ran.json["action"] == "refused" and "not stored" in ran.json["text"]
+    assert "not stored" in ran.err and "give a newer interval" in ran.err
+    ran = cli("feedback", "undo", bench.file, "--id", "abcd")
+    assert ran.code == 1 and "no such adaptation" in ran.err and "feedback list" in ran.err and not ran.out.strip()
     assert bench.model.read_bytes() == before
     with Store.open(config.store.path, readonly=True) as store:
         assert [e.detail["action"] for e in store.audit(ANSWERED)] == ["refused", "refused"]
         assert len(store.feedback("lorenz")) == 2
+
+
+def with_policy(bench: Bench, **policy: object) -> None:
+    """Give the monitor of the config a section `feedback`."""
+    given = yaml.safe_load(bench.file.read_text(encoding="utf-8"))
+    given["monitors"][0]["feedback"] = policy
+    bench.file.write_text(yaml.safe_dump(given), encoding="utf-8")
+
+
+def test_the_config_says_how_far_feedback_may_go(bench: Bench) -> None:
+    with_policy(bench, mode="bounded", expires="14 d")
+    assert add(bench).code == 0
+    (delta,) = journal(load_model(bench.model))
+    assert delta["expires_ns"] - delta["at_ns"] == 14 * DAY_NS
+    assert cli("feedback", "undo", bench.file, "--id", delta["id"]).code == 0
+    with_policy(bench, protected={"x1": [-1.0, 1.0]})
+    ran = add(bench)
+    assert ran.code == 1 and "x1" in ran.err and "its protected range -1 to 1" in ran.err
+    with_policy(bench, mode="off")
+    ran = add(bench)
+    assert ran.code == 1 and "mode off" in ran.err and journal(load_model(bench.model)) == ()
+    assert cli("feedback", "add", bench.file, "--label", "true", "--interval", f"{iso(1)}/{iso(2)}").code == 0
+    with_policy(bench, mode="paper")
+    assert add(bench).code == 0
+    (delta,) = journal(load_model(bench.model))
+    assert delta["state"] == "paper" and "expires_ns" not in delta
 
 
 def test_an_alert_is_meant_by_its_number_and_without_one_the_last(bench: Bench) -> None:
@@ -185,8 +213,8 @@ def test_an_alert_is_meant_by_its_number_and_without_one_the_last(bench: Bench) 
     assert cli("feedback", "add", bench.file, "--label", "false alarm", "--json").json["action"] == "adapted"
     (delta,) = journal(load_model(bench.model))
     assert (delta["start_ns"], delta["end_ns"]) == (stamp, stamp + 100 * PERIOD_NS)
-    missing = cli("feedback", "add", bench.file, "--label", "false alarm", "--event", 9, "--json").json
-    assert missing["action"] == "refused" and "there is no alert 9" in missing["text"]
+    missing = cli("feedback", "add", bench.file, "--label", "false alarm", "--event", 9, "--json")
+    assert missing.code == 1 and missing.json["action"] == "refused" and "there is no alert 9" in missing.err
 
 
 def test_forecast_replays_without_and_with_an_adaptation_and_writes_nothing(bench: Bench) -> None:
@@ -268,3 +296,4 @@ def test_every_part_of_the_command_has_help(command: str) -> None:
     assert command in cli("feedback", "--help").out
     ran = cli("feedback", command, "--help")
     assert ran.code == 0 and "--json" in ran.out and "--monitor" in ran.out
+    assert "Exit code 1: it was refused" in cli("feedback", "--help").out

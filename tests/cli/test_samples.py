@@ -12,7 +12,7 @@ from opcua_detector.nodes import State
 from sim_server.testing import running_plant
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SAMPLES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("sim-"))
+SAMPLES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("sim-", "secure")))
 
 
 def test_there_is_a_sample_of_each_process() -> None:

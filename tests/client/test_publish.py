@@ -216,6 +216,25 @@ async def test_a_hole_that_only_the_keep_alive_shows_is_filled(rig: Rig, monkeyp
     assert rig.pump.counters["republished"] == 1
 
 
+async def test_keep_alives_with_wrong_numbers_do_no_harm(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = UaProcessor.forward_publish_response
+
+    async def wrong(processor: UaProcessor, result: Any, data: Any) -> None:
+        if not result.NotificationMessage.NotificationData:
+            result.NotificationMessage.SequenceNumber += 40
+        await original(processor, result, data)
+
+    monkeypatch.setattr(UaProcessor, "forward_publish_response", wrong)
+    await rig.subscribe()
+    for value in (1.0, 2.0, 3.0):
+        keep_alives = sum(not values for _, values, _ in rig.seen.messages)
+        await rig.seen.until(lambda n=keep_alives: sum(not values for _, values, _ in rig.seen.messages) > n)
+        await rig.write(value)
+    await rig.seen.until(lambda: rig.seen.values == [0.0, 1.0, 2.0, 3.0])
+    counters = rig.pump.counters
+    assert counters["holes"] == counters["duplicates"] == counters["renumbered"] == rig.seen.lost == 0
+
+
 async def test_a_server_that_does_not_answer_republish_holds_nothing_up(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,14 +264,19 @@ async def test_a_message_that_comes_twice_counts_once(rig: Rig, monkeypatch: pyt
     assert rig.seen.values == list(range(5)) and rig.pump.counters["duplicates"] == 1
 
 
-async def test_numbers_that_begin_anew_do_not_silence_a_subscription(rig: Rig) -> None:
+@pytest.mark.parametrize(("first", "unseen"), [(1, 2), (2**31, 0), (2**32 - 2, 0)])
+async def test_numbers_that_begin_anew_do_not_silence_a_subscription(rig: Rig, first: int, unseen: int) -> None:
     await rig.subscribe()
     await rig.write(1, 2, 3)
     await rig.seen.until(lambda: rig.seen.values[-1] == 3.0)
-    rig.server_side()._notification_seq = 1
-    await rig.write(4, 5, 6, 7)
+    rig.server_side()._notification_seq = first
+    await rig.write(4, 5)
+    if first > 2:
+        rig.server_side()._notification_seq = rig.server_side()._notification_seq % NUMBERS or NUMBERS
+    await rig.write(6, 7)
     await rig.seen.until(lambda: rig.seen.values[-1] == 7.0)
-    assert rig.pump.counters["renumbered"] == 1 and rig.pump.counters["duplicates"] == 2
+    assert rig.pump.counters["renumbered"] == 1 and rig.pump.counters["duplicates"] == unseen
+    assert rig.pump.counters["lost_notifications"] == 0 and len(rig.seen.values) == 8 - unseen
 
 
 @pytest.mark.parametrize("limit", [1, 2])

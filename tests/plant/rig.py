@@ -194,6 +194,7 @@ def configuration(endpoint: str, **changes: Any) -> dict[str, Any]:
     given = content(endpoint)
     given["groups"][0] |= changes.get("group", {})
     given["servers"][0] |= {"timeout": "2 s"} | changes.get("server", {})
+    given |= {"store": changes["store"]} if "store" in changes else {}
     given["monitors"][0] |= {"windows": ["200 ms"]} | changes.get("monitor", {})
     return given
 

@@ -225,7 +225,7 @@ const commands = {
     type: ({ name, type }) => {
         const variable = plant.variables[name];
         plant.types[name] = type;
-        variable._dataValue.value = new Variant(plant.value(0, type)); // the library refuses another type otherwise
+        variable.$dataValue.value = new Variant(plant.value(0, type)); // the library refuses another type otherwise
         variable.dataType = opcua.resolveNodeId(DataType[type]);
         variable._basicDataType = undefined;
     },
