@@ -64,6 +64,14 @@ plugins: [own/plugins]
 
 # (name, line of GOOD to replace, its replacement, key, value as shown, part of what was expected)
 BAD = [
+    ("fail value that reads as no anomaly", '      nodes: {Heartbeat: "ns=3;s=beat"}', "      fail_values: {Score: 0.5}",
+     "monitors[0].outputs.fail_values.Score", "0.5", "never just 'no anomaly'"),
+    ("fail value of what says what happened", '      nodes: {Heartbeat: "ns=3;s=beat"}', "      fail_values: {State: 2}",
+     "monitors[0].outputs.fail_values.State", "2", "says what happened"),
+    ("allow list by namespace index", "    timeout: 4 s", '    writing: {allow: ["ns=2;s=a"]}',
+     "servers[0].writing.allow[0]", "'ns=2;s=a'", "nsu="),
+    ("lease of a minute and more", "    timeout: 4 s", "    writing: {lease: {period: 5 min}}",
+     "servers[0].writing.lease.period", "", "60 s"),
     ("user certificate without its key", "    timeout: 4 s", "    user_certificate: u.der",
      "servers[0].user_certificate", "", "side by side"),
     ("metrics on no address", "plugins: [own/plugins]", "metrics: {listen: here}", "metrics.listen", "'here'", "9464"),
@@ -434,7 +442,7 @@ def test_the_schema_accepts_what_the_config_accepts(text):
 
 BEYOND_A_SCHEMA = ("group of", "monitor of", "unknown state", "outputs on", "unknown signal", "node", "base", "signals",
                    "tag named", "range", "policy None", "user", "period too short",
-                   "endpoint of", "range protected", "expiry of")
+                   "endpoint of", "range protected", "expiry of", "fail value", "allow list", "lease of")
 
 
 @pytest.mark.parametrize("case", [c for c in BAD if not c[0].startswith(BEYOND_A_SCHEMA)], ids=lambda c: c[0])

@@ -19,13 +19,23 @@ Methods = Annotated[
 ]
 
 
+SAYS_WHAT_HAPPENED = ("State", "StateText", "Quality")
+
+
 class OutputsConfig(Section):
-    """Which node takes which output; only nodes named here are ever written."""
+    """Which node takes which output; only nodes named here are ever written.
+
+    fail_after : without a new verdict for so long, the fail values are written
+    fail_values : signal -> value, beside what is written then anyway (State, StateText, Quality, Score -1, IsAnomaly
+        false, Severity 0)
+    """
 
     server: str
     base: str = ""
     signals: tuple[str, ...] | None = None
     nodes: dict[str, Annotated[str, BeforeValidator(node_text)]] = Field(default_factory=dict)
+    fail_after: DurationNs = 5 * UNITS_NS["s"]
+    fail_values: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _known(self) -> OutputsConfig:
@@ -33,6 +43,13 @@ class OutputsConfig(Section):
             known(signal, SIGNALS, ("signals", i))
         for signal in self.nodes:
             known(signal, SIGNALS, ("nodes", signal))
+        for signal, value in self.fail_values.items():
+            known(signal, SIGNALS, ("fail_values", signal))
+            if signal in SAYS_WHAT_HAPPENED:
+                raise Wrong(f"no {signal}: it says what happened", ("fail_values", signal), value)
+            if signal == "Score" and isinstance(value, int | float) and 0 <= value < 1:
+                raise Wrong("a score that is never just 'no anomaly': below 0, or 1 and more", ("fail_values", signal),
+                            value)
         if not self.base and not self.nodes:
             raise Wrong("the node of the prepared result object, or the key 'nodes' (signal: NodeId)", ("base",))
         if self.base:

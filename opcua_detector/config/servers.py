@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import ConfigError
 from .units import DurationNs, Name, Section, Wrong
+from .writing import WritingConfig
 
 
 class ServerConfig(Section):
@@ -38,6 +39,7 @@ class ServerConfig(Section):
     require_crl: bool = False
     pki: Path = Path("pki")
     timeout: DurationNs = 4 * 10**9
+    writing: WritingConfig = WritingConfig()
 
     @field_validator("endpoint")
     @classmethod

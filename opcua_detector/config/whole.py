@@ -18,13 +18,21 @@ from .units import UNITS_BYTES, UNITS_NS, Bytes, DurationNs, Section, Wrong, kno
 
 
 class StoreConfig(Section):
-    """The SQLite store: where, how much, how long."""
+    """The SQLite store: where, how much, how long.
+
+    backfill : at most so much of a gap is read from the server's history; 0 s: none
+    forward : events of the time without a server are told again when it is back, at most so old
+    on_corrupt : what happens to a damaged store when the service starts
+    """
 
     path: Path = Path("opcua-detector.db")
     quota: Bytes = 2 * 10**9
     keep_rows: DurationNs = 30 * 86400 * 10**9
     record: bool = True
     synchronous: Literal["normal", "full"] = "normal"
+    backfill: DurationNs = 24 * UNITS_NS["h"]
+    forward: DurationNs = 24 * UNITS_NS["h"]
+    on_corrupt: Literal["set_aside", "refuse"] = "set_aside"
 
 
 class Config(Section):
