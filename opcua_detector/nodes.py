@@ -68,6 +68,15 @@ RESULT_NODES: tuple[ResultNode, ...] = (
 )
 SIGNALS = {node.signal: node for node in RESULT_NODES}
 
+# Written beside the results where the server has them; never configured one by one.
+LEASE, EVENTS_AWAY = "Lease", "EventsAway"
+EXTRA_NODES: tuple[ResultNode, ...] = (
+    ResultNode(LEASE, "String", "which of several detectors writes these nodes: its name, its life, a counter, a word"),
+    ResultNode(EVENTS_AWAY, "String", "alerts that were raised or cleared while this server could not be written: "
+               "number, from, to, why; the newest first"),
+)
+RESULT_SIGNALS = SIGNALS | {node.signal: node for node in EXTRA_NODES}
+
 # Written by the HMI and read by the detector; beside the results, never configured one by one.
 INPUT_NODES: tuple[ResultNode, ...] = (
     ResultNode("Feedback", "String", "write 'false alarm', 'true' or 'unsure' (of the last alert; with its number: "
@@ -143,7 +152,7 @@ def nodeset_xml(monitors: Iterable[str]) -> str:
         ET.SubElement(obj, "DisplayName").text = monitor
         ET.SubElement(obj, "Description").text = f"Results of monitor {monitor}"
         _references(obj, "i=58", "i=85", "i=35")
-        for node in (*RESULT_NODES, *INPUT_NODES):
+        for node in (*RESULT_NODES, *EXTRA_NODES, *INPUT_NODES):
             node_id = f"{owner}.{node.signal}"
             var = ET.SubElement(
                 root, "UAVariable", NodeId=node_id, BrowseName=f"1:{node.signal}", ParentNodeId=owner,

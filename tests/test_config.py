@@ -64,9 +64,11 @@ plugins: [own/plugins]
 
 # (name, line of GOOD to replace, its replacement, key, value as shown, part of what was expected)
 BAD = [
-    ("fail value that reads as no anomaly", '      nodes: {Heartbeat: "ns=3;s=beat"}', "      fail_values: {Score: 0.5}",
+    ("fail value that reads as no anomaly",
+     '      nodes: {Heartbeat: "ns=3;s=beat"}', "      fail_values: {Score: 0.5}",
      "monitors[0].outputs.fail_values.Score", "0.5", "never just 'no anomaly'"),
-    ("fail value of what says what happened", '      nodes: {Heartbeat: "ns=3;s=beat"}', "      fail_values: {State: 2}",
+    ("fail value of what says what happened",
+     '      nodes: {Heartbeat: "ns=3;s=beat"}', "      fail_values: {State: 2}",
      "monitors[0].outputs.fail_values.State", "2", "says what happened"),
     ("allow list by namespace index", "    timeout: 4 s", '    writing: {allow: ["ns=2;s=a"]}',
      "servers[0].writing.allow[0]", "'ns=2;s=a'", "nsu="),

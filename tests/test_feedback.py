@@ -18,7 +18,8 @@ from sklearn.metrics import roc_auc_score
 from opcua_detector.allowances import BALLS, CALM, Allowances, calm_residual, residual_of
 from opcua_detector.api import Frame, Record, Tag
 from opcua_detector.detector import Detector, fit, load
-from opcua_detector.engine import Engine, RowMonitor, frames_of
+from opcua_detector.detectors.regression_signed import SignedRegression
+from opcua_detector.engine import AlertSettings, Engine, RowMonitor, frames_of
 from opcua_detector.errors import ConfigError, RecordError
 from opcua_detector.feedback import (
     DAY_NS,

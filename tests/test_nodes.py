@@ -13,6 +13,7 @@ from asyncua import Client, Server, ua
 
 from opcua_detector.nodes import (
     EXPLANATION_CHARS,
+    EXTRA_NODES,
     INPUT_NODES,
     NO_SCORE,
     RESULT_NODES,
@@ -87,7 +88,8 @@ def test_the_nodeset_is_well_formed_and_no_node_id_stands_twice():
     ids = [node.get("NodeId") for node in root if node.get("NodeId")]
     assert len(ids) == len(set(ids))
     ranges = sum(node.eu_range is not None and not node.array for node in RESULT_NODES)
-    assert len(root.findall("ua:UAVariable", NS)) == len(MONITORS) * (len(RESULT_NODES) + len(INPUT_NODES) + ranges)
+    assert len(root.findall("ua:UAVariable", NS)) == len(MONITORS) * (
+        len(RESULT_NODES) + len(EXTRA_NODES) + len(INPUT_NODES) + ranges)
     assert len(root.findall("ua:UAObject", NS)) == len(MONITORS)
     assert [uri.text for uri in root.iter(f"{{{NS['ua']}}}Uri")] == [RESULTS_NAMESPACE]
 
@@ -131,8 +133,8 @@ async def test_a_server_imports_the_nodeset_with_types_rights_and_initial_values
     for monitor in MONITORS:
         owner = client.get_node(f"ns={index};s={monitor}")
         children = {(await child.read_browse_name()).Name: child for child in await owner.get_children()}
-        inputs = {node.signal: node for node in INPUT_NODES}
-        assert set(inputs) == {"Feedback", "FeedbackBy"} and not set(inputs) & set(SIGNALS)
+        inputs = {node.signal: node for node in (*INPUT_NODES, *EXTRA_NODES)}
+        assert set(inputs) == {"Feedback", "FeedbackBy", "Lease", "EventsAway"} and not set(inputs) & set(SIGNALS)
         assert set(children) == set(SIGNALS) | set(inputs)
         for signal, row in (SIGNALS | inputs).items():
             node = children[signal]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..api import Frame
+from ..api import Frame, TagKind
 from ..config import GroupConfig
 from ..frames import FrameBuilder
 from .session import Session
@@ -18,6 +19,67 @@ from .subscription import Item, Revised, Subscription
 log = logging.getLogger(__name__)
 
 _LEAST_KEEP_ALIVE_S = 0.5
+_JUMP_S = 1.0  # a source clock that moves by more than this against ours, all tags together, was set
+_SUSPICIONS = 3
+
+
+class SourceClock:
+    """Tells when the clock of the source was set, by the stamps of samples and our own monotonic clock.
+
+    A stamp shows the source's time less what the value was under way. The least delay seen so far is the measure: a
+    network that was slow and is quick again never shows stamps ahead of it, a clock that was set forward does. A clock
+    that was set back shows stamps behind those that the same tags had before. One tag alone is no clock: most samples
+    of a notification must say so, and where they are few, those of three notifications in a row. Samples that are
+    ahead of a clock that was not set are of no use: their rows lie in the future.
+
+    Parameters
+    ----------
+    n_tags : columns of the group
+    tolerance_ns : int; smaller movements are left to the rule of time (late samples, gaps)
+    """
+
+    def __init__(self, n_tags: int, tolerance_ns: int) -> None:
+        self._tolerance_ns = tolerance_ns
+        self._last = np.zeros(n_tags, np.int64)
+        self._ahead_ns: int | None = None  # the largest (stamp - our clock) so far
+        self._suspected = 0
+
+    def forget(self) -> None:
+        """Begin anew: the next connection may be to another source."""
+        self._last[:] = 0
+        self._ahead_ns = None
+        self._suspected = 0
+
+    def take(
+        self, column: NDArray[np.int32], source_ns: NDArray[np.int64], now_ns: int
+    ) -> tuple[bool, NDArray[np.bool_] | None]:
+        """Take the stamps of one notification.
+
+        column : int32[m]; source_ns : int64[m], m > 0; now_ns : int; monotonic
+
+        Returns whether the clock was set since the last notification, and bool[m], the samples to use (None: all).
+        """
+        newest_ns = int(source_ns.max()) - now_ns
+        if self._ahead_ns is None:
+            self._ahead_ns = newest_ns
+        last = self._last[column]
+        wild = (source_ns > self._ahead_ns + now_ns + self._tolerance_ns) | (source_ns < last - self._tolerance_ns)
+        n_wild = int(np.count_nonzero(wild))
+        if n_wild == 0:
+            self._suspected = 0
+            self._ahead_ns = max(self._ahead_ns, newest_ns)
+            self._last[column] = np.maximum(last, source_ns)
+            return False, None
+        if 2 * n_wild > len(column):
+            self._suspected += 1
+            if 2 * len(column) >= len(self._last) or self._suspected >= _SUSPICIONS:
+                self.forget()
+                self._ahead_ns = newest_ns
+                self._last[column] = source_ns
+                return True, None
+        # A stamp that goes back is late, which the rule of time counts; one that is ahead would open a gap.
+        use = source_ns <= self._ahead_ns + now_ns + self._tolerance_ns
+        return False, None if use.all() else use
 
 
 class GroupFeed:
@@ -49,27 +111,36 @@ class GroupFeed:
         self.builder = FrameBuilder(tags, group.period, group.lateness_ns, group.max_hold)
         self.frame = Frame.empty(len(tags))
         self.frame_errors = 0
+        self.clock_jumps = 0
+        self.ahead_of_clock = 0
         self._on_frame = on_frame
         self._clock_ns = clock_ns
         self._newest_ns: int | None = None
         self._pushed_at_ns = 0
+        # Beyond what the rule of time holds over, so that it begins anew when it is told to.
+        tolerance_ns = max(int(_JUMP_S * 1e9), (group.max_hold + 3) * group.period + group.lateness_ns)
         by_server: dict[str, list[Item]] = {}
-        for column, tag in enumerate(group.tags):
-            by_server.setdefault(tag.server or group.server, []).append(Item(tag.name, tag.node, column))
-        self.subscriptions = {
-            server: Subscription(
-                sessions[server],
-                items,
-                sampling_ns=group.sampling_ns,
-                publishing_ns=group.publishing_ns,
-                on_samples=self._samples,
-                on_lost=self._lost,
-                on_idle=self._idle,
-                keep_alive_s=max(_LEAST_KEEP_ALIVE_S, group.max_hold * group.period / 2e9),
-                clock_ns=clock_ns,
-            )
-            for server, items in by_server.items()
-        }
+        for column, (tag, known) in enumerate(zip(group.tags, tags, strict=True)):
+            item = Item(tag.name, tag.node, column, text=known.kind is TagKind.STATE)
+            by_server.setdefault(tag.server or group.server, []).append(item)
+        self._clocks = {server: SourceClock(len(tags), tolerance_ns) for server in by_server}
+        self.subscriptions: dict[str, Subscription] = {}
+        for server, items in by_server.items():
+            most = sessions[server].limits.items_per_subscription or len(items)
+            for number, first in enumerate(range(0, len(items), most), 1):
+                self.subscriptions[server if number == 1 else f"{server} ({number})"] = Subscription(
+                    sessions[server],
+                    items[first : first + most],
+                    sampling_ns=group.sampling_ns,
+                    publishing_ns=group.publishing_ns,
+                    on_samples=partial(self._samples, server=server),
+                    on_lost=partial(self._lost, server),
+                    on_idle=self._idle,
+                    keep_alive_s=max(_LEAST_KEEP_ALIVE_S, group.max_hold * group.period / 2e9),
+                    period_ns=group.period,
+                    poll=getattr(group, "polled", False),
+                    clock_ns=clock_ns,
+                )
 
     async def start(self) -> None:
         """Subscribe on every server; the sessions must be open."""
@@ -85,10 +156,11 @@ class GroupFeed:
         """Return the counters of rows and of subscriptions by name; those of several servers are added."""
         found = self.builder.counters()
         for subscription in self.subscriptions.values():
-            for name, n in subscription.counters.items():
+            for name, n in subscription.counts.items():
                 found[name] = found.get(name, 0) + n
         found["lost"] += found["overflowed"] + found["lost_notifications"]
         found["frame_errors"] = self.frame_errors
+        found["clock_jumps"], found["ahead_of_clock"] = self.clock_jumps, self.ahead_of_clock
         return found
 
     def tag_states(self) -> dict[str, str]:
@@ -97,6 +169,19 @@ class GroupFeed:
             (item for one in self.subscriptions.values() for item in one.items), key=lambda i: i.column
         )
         return {item.name: item.reason for item in items}
+
+    def polled_tags(self) -> dict[str, str]:
+        """Return for each tag that is read once per period why it is not monitored; the others are left out."""
+        return {
+            item.name: item.polled for one in self.subscriptions.values() for item in one.items if item.polled
+        }
+
+    def masked_tags(self) -> dict[str, str]:
+        """Return for each tag whose values are of a wrong type what they are; the others are left out."""
+        return {
+            item.name: "delivers text instead of numbers"
+            for one in self.subscriptions.values() for item in one.items if item.textual
+        }
 
     def revised(self) -> dict[str, Revised]:
         """Return per server what it made of the requested intervals."""
@@ -108,13 +193,33 @@ class GroupFeed:
         source_ns: NDArray[np.int64],
         value: NDArray[np.float64],
         status: NDArray[np.uint32],
+        server: str = "",
     ) -> None:
+        now_ns = self._clock_ns()
+        server = server or next(iter(self._clocks))
+        jumped, use = self._clocks[server].take(column, source_ns, now_ns)
+        if jumped:
+            self._clock_was_set(server)
+        if use is not None:
+            self.ahead_of_clock += int(len(use) - use.sum())
+            if not use.any():
+                return
+            column, source_ns, value, status = column[use], source_ns[use], value[use], status[use]
         self._newest_ns = max(int(source_ns.max()), self._newest_ns or 0)
-        self._pushed_at_ns = self._clock_ns()
+        self._pushed_at_ns = now_ns
         self.builder.push(column, source_ns, value, status)
         self._drain()
 
-    def _lost(self) -> None:
+    def _clock_was_set(self, server: str) -> None:
+        """Begin the rows anew: by the old time none of them could close, or all samples would be late."""
+        self.clock_jumps += 1
+        log.warning("group %s: the clock of server %s was set; its rows begin anew", self.group.name, server)
+        self._newest_ns = None
+        self.builder.connection_lost()
+        self._drain()
+
+    def _lost(self, server: str) -> None:
+        self._clocks[server].forget()
         self._newest_ns = None
         self.builder.connection_lost()
         self._drain()

@@ -16,15 +16,17 @@ import numpy as np
 from asyncua import ua
 
 from ..api import Record, Tag
-from ..errors import NodeProblem, RecordError
+from ..errors import ConnectionProblem, NodeProblem, RecordError
 from ..frames import iso_utc, rows_from_samples
 from . import wire
+from .limits import too_much
 from .nodes import NodeRef, resolve
 from .session import Session
 from .waiting import within
 
 Progress = Callable[[int, int], None]
 PAGE_VALUES = 40_000  # values in one response over all its nodes
+_LEAST_PAGE = 1000  # values of each node, so that a page is worth its round trip
 _EMPTY_PAGES = 1000  # in a row: a server may give up a page for lack of time, but not for ever
 _PATIENCE = 10  # a page may take this many time-outs: historians read from disk
 _RECORD = "collect rows with 'opcua-detector record'"
@@ -182,18 +184,32 @@ async def read_samples(
         if isinstance(ref, NodeProblem):
             raise ref
         cursors.append(_Cursor(ref, start_ns))
-    size = session.limit("history")
+    values = PAGE_VALUES
     try:
-        for first in range(0, len(cursors), size):
-            group = cursors[first : first + size]
-            page = max(1000, PAGE_VALUES // len(group))
-            while open_ones := [one for one in group if not one.done]:
+        while open_ones := [one for one in cursors if not one.done][: session.limit("history")]:
+            page = max(min(values, _LEAST_PAGE), values // len(open_ones))
+            try:
                 await _read_page(session, open_ones, end_ns, page)
+            except ConnectionProblem as problem:
+                values = _smaller(session, problem, len(open_ones), values)
+            else:
+                session.limits.worked("history")
                 if progress is not None:
                     progress(min(end_ns if one.done else one.reached_ns for one in cursors))
     finally:
         await _release(session, cursors)
     return [_joined(one) for one in cursors]
+
+
+def _smaller(session: Session, problem: ConnectionProblem, nodes: int, values: int) -> int:
+    """Return how many values to ask for after a refusal: fewer nodes at once, or less of each; else raise it again."""
+    if not too_much(problem) or values <= 1:
+        raise problem
+    session.counters["halved_calls"] += 1
+    if type(problem.__cause__).__name__ == "BadTooManyOperations" and nodes > 1:
+        session.limits.refused("history", nodes)
+        return values
+    return values // 2
 
 
 async def oldest_ns(session: Session, node: str) -> int | None:

@@ -18,6 +18,7 @@ from ..api import Tag, TagKind
 from ..errors import ConnectionProblem, NodeProblem
 from ..nodes import SIGNALS
 from . import wire
+from .limits import in_batches
 from .session import Session
 
 _READ, _WRITE = 0x01, 0x02  # AccessLevel (Part 3, 8.57)
@@ -117,17 +118,18 @@ async def resolve(session: Session, texts: Iterable[str]) -> dict[str, NodeRef |
                 found[text] = _reference(session, text, _node_id(session, text))
         except NodeProblem as problem:
             found[text] = problem
-    pending = list(paths)
-    size = session.limit("translate")
-    for start in range(0, len(pending), size):
-        names = pending[start : start + size]
-        results = await session.call(
-            session.client.uaclient.translate_browsepaths_to_nodeids([paths[name] for name in names]),
-            "translate browse paths",
-        )
-        for name, result in zip(names, results, strict=True):
-            found[name] = _translated(session, name, result)
+    results = await translate(session, list(paths.values()), "translate browse paths")
+    for name, result in zip(paths, results, strict=True):
+        found[name] = _translated(session, name, result)
     return found
+
+
+async def translate(session: Session, paths: Sequence[Any], what: str) -> list[Any]:
+    """Return the BrowsePathResult of each BrowsePath, in calls that the server takes."""
+    return await in_batches(
+        session, "translate", paths,
+        lambda part: session.client.uaclient.translate_browsepaths_to_nodeids(list(part)), what,
+    )
 
 
 async def resolve_one(session: Session, text: str) -> NodeRef:
@@ -248,17 +250,17 @@ async def read_facts(session: Session, refs: Sequence[NodeRef], *, units: bool =
 
 async def read_attributes(session: Session, wanted: Sequence[tuple[Any, Any]]) -> list[Any]:
     """Read (node, attribute) pairs, split to the server's limit."""
-    values: list[Any] = []
-    size = session.limit("read")
-    for start in range(0, len(wanted), size):
+
+    def ask(part: Sequence[tuple[Any, Any]]) -> Any:
         parameters = ua.ReadParameters()
         parameters.TimestampsToReturn = ua.TimestampsToReturn.Both
-        for node_id, attribute in wanted[start : start + size]:
+        for node_id, attribute in part:
             one = ua.ReadValueId()
             one.NodeId, one.AttributeId = node_id, attribute
             parameters.NodesToRead.append(one)
-        values += await session.call(session.client.uaclient.read(parameters), "read attributes")
-    return values
+        return session.client.uaclient.read(parameters)
+
+    return await in_batches(session, "read", wanted, ask, "read attributes")
 
 
 def _plain(value: Any) -> Any:
@@ -345,18 +347,12 @@ async def _read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
             paths.append(path)
             owners.append((one, name))
     wanted, of = [], []
-    size = session.limit("translate")
-    for start in range(0, len(paths), size):
-        results = await session.call(
-            session.client.uaclient.translate_browsepaths_to_nodeids(paths[start : start + size]),
-            "find units and ranges",
-        )
-        for owner, result in zip(owners[start : start + size], results, strict=True):
-            if result.StatusCode.is_good() and result.Targets:
-                target = result.Targets[0].TargetId
-                node = ua.NodeId(target.Identifier, target.NamespaceIndex, target.NodeIdType)
-                wanted.append((node, ua.AttributeIds.Value))
-                of.append(owner)
+    for owner, result in zip(owners, await translate(session, paths, "find units and ranges"), strict=True):
+        if result.StatusCode.is_good() and result.Targets:
+            target = result.Targets[0].TargetId
+            node = ua.NodeId(target.Identifier, target.NamespaceIndex, target.NodeIdType)
+            wanted.append((node, ua.AttributeIds.Value))
+            of.append(owner)
     for (one, name), value in zip(of, await read_attributes(session, wanted), strict=True):
         content = _plain(value)
         if name == "EURange" and hasattr(content, "Low"):

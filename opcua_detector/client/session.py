@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from asyncua import Client, ua
+from asyncua import Client
 from asyncua.ua.uaerrors import UaError
 
 from ..config import ServerConfig
 from ..errors import AccessRefused, ConnectionProblem, DetectorError, ServerUnreachable
 from . import pki, secure, wire
+from .limits import Limits
 from .publish import PublishPump
+from .redundancy import Standing, choose, standing
 from .waiting import end_tasks, farewell, within
 
 log = logging.getLogger(__name__)
@@ -30,7 +33,8 @@ log = logging.getLogger(__name__)
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 5.0
 PROBE_S = 5.0  # an idle session is asked for its state this often
 ENDING_S = 1.0  # at most, of the time-out, for tasks that are cancelled on closing
-DEFAULT_LIMIT = 500  # items per call where the server names no limit
+# A session that we lost lives on at the server for this long, and small PLCs have room for few.
+SESSION_TIMEOUT_MS = 30_000
 _T = TypeVar("_T")
 
 # What refuses the user, the certificate or the policy (Part 4, 7.38).
@@ -104,8 +108,12 @@ class Session:
     Attributes
     ----------
     state : LinkState
+    endpoint : str; of the redundant set the one that is used, or was last
+    standing : Standing; ServerState and ServiceLevel as last read, for each endpoint
     namespaces : list of str; NamespaceArray of this connection
-    counters : connects, reconnects, failed_attempts, lost
+    limits : Limits; how many items go into one call
+    clock_offset_s : float; clock of the server less ours, NaN until it is measured (`clock.ClockWatch`)
+    counters : connects, reconnects, failed_attempts, lost, halved_calls, changeovers (to another endpoint)
     security : Security; policy, certificates and warnings of this connection
     """
 
@@ -117,12 +125,20 @@ class Session:
         rng: random.Random | None = None,
     ) -> None:
         self.config = config
-        self.security = secure.Security(config)
+        self.endpoint = config.endpoint
+        self.endpoints = (config.endpoint, *getattr(config, "endpoints", ()))
+        self._securities = {
+            one: secure.Security(config.model_copy(update={"endpoint": one})) for one in self.endpoints
+        }
+        self.standing: dict[str, Standing] = {}
+        self.clock_offset_s = math.nan
         self.timeout_s = config.timeout / 1e9
         self.state = LinkState.CLOSED
         self.namespaces: list[str] = []
-        self.limits: dict[str, int] = {}
-        self.counters = {"connects": 0, "reconnects": 0, "failed_attempts": 0, "lost": 0}
+        self.limits = Limits()
+        self.counters = {
+            "connects": 0, "reconnects": 0, "failed_attempts": 0, "lost": 0, "halved_calls": 0, "changeovers": 0
+        }
         self.reason = ""
         self.pump: PublishPump | None = None
         self._on_state = on_state
@@ -134,8 +150,15 @@ class Session:
         self._life: object | None = None  # from open() to close(); a task of an earlier life ends by itself
         self._lost = asyncio.Event()
         self._attempt_failed = ""
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._none_active_since: float | None = None
         self._told = LinkState.CLOSED
         _quiet_asyncua()
+
+    @property
+    def security(self) -> secure.Security:
+        """Policy, certificates and warnings of the endpoint in use."""
+        return self._securities[self.endpoint]
 
     @property
     def client(self) -> Client:
@@ -147,11 +170,11 @@ class Session:
     @property
     def where(self) -> str:
         """Name, endpoint and policy, as errors and logs show them."""
-        return f"server {self.config.name} at {self.config.endpoint} ({self.security.text})"
+        return f"server {self.config.name} at {self.endpoint} ({self.security.text})"
 
-    def limit(self, name: str) -> int:
-        """Return the server's operation limit (`read`, `write`, `monitor`, `translate`, `history`)."""
-        return self.limits.get(name, DEFAULT_LIMIT)
+    def limit(self, kind: str) -> int:
+        """Return how many items the server takes in one call of a kind (`limits.KINDS`)."""
+        return self.limits.size(kind)
 
     async def attach(self, part: Part) -> None:
         """Let a part live on this session; it is built now when the session is connected."""
@@ -188,7 +211,7 @@ class Session:
         self._parts_down()
         self._stop_pump()
         try:
-            await end_tasks((task, probe), ending_s)
+            await end_tasks((task, probe, *self._leaving), ending_s)
             if client is not None and wire.is_open(client):
                 await farewell(client.disconnect(), self.timeout_s - ending_s)
         finally:
@@ -247,6 +270,12 @@ class Session:
                 f"{what}: {error.strerror or error or name}",
                 where=self.where,
                 next_step="check endpoint, host and port, and that the server runs",
+            )
+        if name == "BadTooManySessions":
+            return ConnectionProblem(
+                f"{what}: the server has no room for one more session ({name})",
+                where=self.where,
+                next_step="close other clients of the server, or raise its session limit",
             )
         if name in _ACCESS:
             return AccessRefused(
@@ -330,10 +359,23 @@ class Session:
             self._probe_task = None
         client, self._client = self._client, None
         self._stop_pump()
-        if client is not None:
-            wire.abandon(client)
         self._parts_down()
+        if client is not None:
+            self._leave(client)
         self._set(LinkState.WAITING, reason)
+
+    def _leave(self, client: Client) -> None:
+        """Drop a connection; a server that may still hear us is told, so that it does not keep the session.
+
+        By a task of its own: the next attempt does not wait for a server that may be frozen.
+        """
+        wire.on_closed(client, _nobody)
+        if not wire.is_open(client):
+            wire.abandon(client)
+            return
+        task = asyncio.create_task(_say_goodbye(client, min(ENDING_S, self.timeout_s / 2)), name="leaving")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     def _parts_down(self) -> None:
         for part in tuple(self._parts):
@@ -352,25 +394,26 @@ class Session:
         if self._life is not life:
             raise self._gone("the session was closed")
         self._set(LinkState.CONNECTING, "")
-        client = Client(self.config.endpoint, timeout=self.timeout_s)
-        self._client = client
+        client = await self._open_client(life)
         self._lost.clear()
         try:
-            await self._log_in(client)
             self.namespaces = await self.call(client.get_namespace_array(), "read the NamespaceArray")
-            self.limits = await self.call(_operation_limits(client), "read the OperationLimits")
+            await self.call(self.limits.read(client), "read the OperationLimits")
             self.pump = PublishPump(client, partial(self.fail, of=client))
             for part in tuple(self._parts):
                 await part.link_up()
             if self._client is not client:
                 raise self._gone("the session was closed")
         except BaseException as error:
-            wire.abandon(client)
             if self._client is client:
                 self._client = None
                 self._stop_pump()
                 self._parts_down()
                 self._set(LinkState.WAITING, str(error))
+            if isinstance(error, ConnectionProblem) and not isinstance(error, ServerUnreachable):
+                self._leave(client)
+            else:
+                wire.abandon(client)
             raise
         self.counters["connects"] += 1
         self._set(LinkState.CONNECTED, "")
@@ -379,6 +422,81 @@ class Session:
         if not wire.is_open(client):
             self.fail("the server closed the connection", client)
         self._probe_task = asyncio.create_task(self._probe(client), name=f"probe {self.config.name}")
+
+    async def _open_client(self, life: object) -> Client:
+        """Log in: to the one endpoint there is, or to the active one of a redundant set."""
+        if len(self.endpoints) == 1:
+            client = self._new_client(self.endpoint)
+            self._client = client
+            self._lost.clear()
+            try:
+                await self._log_in(client)
+            except BaseException as error:
+                wire.abandon(client)
+                if self._client is client:
+                    self._client = None
+                    self._set(LinkState.WAITING, str(error))
+                raise
+            return client
+        try:
+            endpoint, client = await self._active(life)
+        except BaseException as error:
+            if self._life is life:
+                self._set(LinkState.WAITING, str(error))
+            raise
+        if self.counters["connects"] and endpoint != self.endpoint:
+            self.counters["changeovers"] += 1
+            log.warning("%s: %s takes over", self.where, endpoint)
+        self.endpoint, self._client = endpoint, client
+        return client
+
+    def _new_client(self, endpoint: str) -> Client:
+        return Client(endpoint, timeout=self.timeout_s)
+
+    async def _active(self, life: object) -> tuple[str, Client]:
+        """Log in to all endpoints, ask each how it stands, keep the active one; the others are left again.
+
+        Raises ConnectionProblem where none answers, or none is active (`redundancy.choose`).
+        """
+        clients = {one: self._new_client(one) for one in self.endpoints}
+        kept: Client | None = None
+        try:
+            answers = await asyncio.gather(
+                *(self._ask_standing(one, client) for one, client in clients.items()), return_exceptions=True
+            )
+            problems: dict[str, BaseException] = {}
+            for one, told in zip(clients, answers, strict=True):
+                self.standing[one] = told if isinstance(told, Standing) else Standing()
+                if isinstance(told, BaseException):
+                    problems[one] = told
+            if len(problems) == len(clients):
+                raise problems[self.endpoint]
+            if self._life is not life:
+                raise self._gone("the session was closed")
+            now = asyncio.get_running_loop().time()
+            waited_s = 0.0 if self._none_active_since is None else now - self._none_active_since
+            endpoint = choose(self.standing, self.endpoint, waited_s)
+            if endpoint is None:
+                self._none_active_since = now if self._none_active_since is None else self._none_active_since
+                told_all = ", ".join(f"{one}: {self.standing[one].text}" for one in self.endpoints)
+                raise ServerUnreachable(
+                    f"no server of the redundant set is active ({told_all})", where=self.where,
+                    next_step="wait until one takes over, or look after the servers",
+                )
+            self._none_active_since = None
+            kept = clients[endpoint]
+            return endpoint, kept
+        finally:
+            for client in clients.values():
+                if client is not kept:
+                    self._leave(client)
+
+    async def _ask_standing(self, endpoint: str, client: Client) -> Standing:
+        await self._log_in(client, endpoint)
+        try:
+            return await within(standing(client), self.timeout_s)
+        except Exception as error:
+            raise self.problem(error, f"read the ServiceLevel of {endpoint}") from error
 
     def _tell_security(self, *, first: bool = False) -> None:
         """Log what there is to say of certificates and, once, that the server is not checked."""
@@ -405,7 +523,7 @@ class Session:
                 self.fail(reason, client)
                 return
             try:
-                await within(client.nodes.server_state.read_value(), self.timeout_s)
+                found = await within(standing(client), self.timeout_s)
             except (TimeoutError, OSError) as error:
                 self.fail(f"the server does not answer ({type(error).__name__})", client)
                 return
@@ -413,16 +531,42 @@ class Session:
                 if type(error).__name__ in _DEAD:
                     self.fail(type(error).__name__, client)
                     return
+                continue
+            self.standing[self.endpoint] = found
+            if len(self.endpoints) > 1 and await self._left_behind(found):
+                self.fail(f"the server is not the active one any more ({found.text})", client)
+                return
 
-    async def _log_in(self, client: Client) -> None:
+    async def _left_behind(self, found: Standing) -> bool:
+        """Whether another server of the redundant set is the one to use now, seen from the one in use."""
+        if not found.usable:
+            return True
+        if found.healthy:
+            return False
+        # A degraded server is better than none: it is left only for one that is better.
+        others = [one for one in self.endpoints if one != self.endpoint]
+        clients = [self._new_client(one) for one in others]
+        try:
+            answers = await asyncio.gather(
+                *(self._ask_standing(one, client) for one, client in zip(others, clients, strict=True)),
+                return_exceptions=True,
+            )
+        finally:
+            for client in clients:
+                self._leave(client)
+        return any(isinstance(told, Standing) and told.state == 0 and told.level > found.level for told in answers)
+
+    async def _log_in(self, client: Client, endpoint: str | None = None) -> None:
         config = self.config
+        security = self._securities[endpoint or self.endpoint]
+        where = f"server {config.name} at {endpoint or self.endpoint} ({security.text})"
         client.name = client.description = "opcua-detector"
         client.product_uri = "urn:opcua-detector"
-        client.session_timeout = 120_000
-        self.security.identify(client, self.where)
+        client.session_timeout = SESSION_TIMEOUT_MS
+        security.identify(client, where)
         if config.policy != "None":
-            found = await self.discover()
-            await self.call(self.security.prepare(client, found, self.where), "load the certificates")
+            found = await self.discover(endpoint)
+            await self.call(security.prepare(client, found, where), "load the certificates")
         await self.call(client.connect_socket(), "open the connection")
         try:
             await self._stage(client.send_hello(), "say hello")
@@ -433,9 +577,9 @@ class Session:
             wire.abandon(client)
             raise
 
-    async def discover(self) -> secure.Discovery:
+    async def discover(self, endpoint: str | None = None) -> secure.Discovery:
         """Ask the server for its endpoints and its time, over a channel of its own; no login, nothing is checked."""
-        return await self.call(secure.discover(self.config.endpoint, self.timeout_s), "ask for the endpoints")
+        return await self.call(secure.discover(endpoint or self.endpoint, self.timeout_s), "ask for the endpoints")
 
     async def _endpoints(self) -> list[Any]:
         return list((await self.discover()).endpoints)
@@ -474,19 +618,15 @@ class Session:
         )
 
 
-async def _operation_limits(client: Client) -> dict[str, int]:
-    """Read Server/ServerCapabilities/OperationLimits (Part 5, 6.3.11); 0 and absent mean no limit known."""
-    ids = {"read": 11705, "write": 11707, "monitor": 11714, "translate": 11712, "history": 12165}
-    nodes = [wire.node_id(number) for number in ids.values()]
-    found = await client.uaclient.read_attributes(nodes, ua.AttributeIds.Value)
-    limits = {}
-    for name, one in zip(ids, found, strict=True):
-        value = one.Value.Value if one.Value is not None else None
-        good = one.StatusCode is None or one.StatusCode.is_good()
-        limits[name] = (
-            min(int(value), DEFAULT_LIMIT) if good and isinstance(value, int) and value > 0 else DEFAULT_LIMIT
-        )
-    return limits
+async def _say_goodbye(client: Client, timeout_s: float) -> None:
+    try:
+        await farewell(client.disconnect(), timeout_s)
+    finally:
+        wire.abandon(client)
+
+
+def _nobody(error: Exception | None) -> None:
+    """Nobody has to know when a connection closes that was given up."""
 
 
 def _quiet_asyncua() -> None:

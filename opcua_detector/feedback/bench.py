@@ -209,15 +209,16 @@ def forecast(
 
 
 def lead_rows(model: NormalityModel, reach: int = 100) -> int:
-    """Return how many rows before an interval make its judgement exact: the longest window and the methods' memory,
-    or three parts: one that is cut, a whole one and the one that runs.
+    """Return how many rows before an interval make its judgement exact: the longest window that can alarm and the
+    methods' memory, or two parts.
     """
     if is_part_model(model):
-        return 3 * PartModel.from_method(model.methods[0]).capacity
-    return int(max(model.calibration.windows, default=0)) + 2 * reach + 2
+        return 2 * PartModel.from_method(model.methods[0]).capacity
+    windows = model.calibration.windows
+    return max((int(windows[w]) for view in model.calibration.views if view.role != "lamp" for w in view.windows),
+               default=0) + 2 * reach + 2
 
 
 def prime_rows(model: NormalityModel) -> int:
-    """Return how many of the last rows fill the windows of a new monitor: the longest, and what the methods look back.
-    """
-    return lead_rows(model)
+    """Return how many of the last rows fill all windows of a new monitor, that of the second lamp too."""
+    return max(lead_rows(model), int(max(model.calibration.windows, default=0)) + 202)

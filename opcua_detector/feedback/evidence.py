@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..allowances import CALM, Scale, calm_residual
+from ..allowances import CALM, REGRESSION, Scale, calm_residual
 from ..api import Float64, Int64
 from .bench import Bench
 from .deltas import TRANSITION, fitted_methods
@@ -23,7 +23,7 @@ class Evidence:
     base : float64[n, n_channels]; residuals of the methods as they were fitted; signed : with their direction
     calm : float64[n, n_channels]; what an excused residual counts as at least
     column : int64[n_channels]; the column of each channel; plugins : the plugin of each
-    transition : bool[n_channels]; channels of transition methods
+    transition, directed : bool[n_channels]; channels of transition methods, channels with a direction
     reach : rows that the methods look back
     """
 
@@ -44,6 +44,7 @@ class Evidence:
         methods = [bench.method(m)[0] for m in self.fitted]
         self.plugins = [m.plugin for m, method in zip(self.fitted, methods, strict=True) for _ in method.channels]
         self.transition = np.array(self.plugins) == TRANSITION
+        self.directed = np.array(self.plugins) == REGRESSION
         self.reach = max(method.lag + method.memory for method in methods)
         self.context = 2 * max((method.lag for method, m in zip(methods, self.fitted, strict=True)
                                 if m.plugin == TRANSITION), default=0)
@@ -96,20 +97,10 @@ class Evidence:
             column = plan.columns[self.column[c]].name
             tag = plan.owner(column)
             if tag not in found or level > found[tag][0]:
-                found[tag] = [level, self._way(column, off[:, c]), 1.0]
+                found[tag] = [level, self._way(int(c), off[:, c]) if self.directed[c] else 0.0, 1.0]
         return found
 
-    def _way(self, column: str, rows: NDArray[np.bool_]) -> float:
-        """Return the sign of a column's distance from what the others say, 0 where it has none."""
-        for m in self.fitted:
-            method, _ = self.bench.method(m)
-            follow = getattr(method, "reconstruct", None)
-            if follow is None or column not in m.columns:
-                continue
-            columns = self.bench.columns
-            at = [c.name for c in self.model.plan.columns].index(column)
-            away = columns.values[rows, at] - follow(columns.values, columns.valid, column, columns.gap)[rows]
-            away = away[np.isfinite(away)]
-            if len(away) and abs(away.mean()) > away.std():
-                return float(np.sign(away.mean()))
-        return 0.0
+    def _way(self, channel: int, rows: NDArray[np.bool_]) -> float:
+        """Return the direction of a channel's residuals, 0 where it has none."""
+        away = self.signed[rows, channel]
+        return float(np.sign(away.mean())) if abs(away.mean()) > away.std() else 0.0

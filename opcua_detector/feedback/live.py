@@ -108,7 +108,7 @@ class LiveFeedback:
     def watch(self, group: str, engine: Engine) -> RecentRows:
         """Take the engine of a group under care; return where its rows are to be copied to, one call per row."""
         item = self.config.group(group)
-        need = max((2 * lead_rows(m.model) for m in engine.monitors), default=2) + MAX_ROWS
+        need = max((max(2 * lead_rows(m.model), prime_rows(m.model)) for m in engine.monitors), default=2) + MAX_ROWS
         recent = RecentRows(group_tags(item), item.period, min(need, RING_BYTES // (9 * len(item.tags) + 9)))
         self._engines[group] = (engine, recent)
         return recent

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from asyncua import ua
 
 from opcua_detector.client import LinkState, Session, session, waiting
 from opcua_detector.client.waiting import end_tasks, farewell, within
@@ -130,20 +131,21 @@ async def test_closing_in_the_turn_in_which_the_probe_is_answered_ends(
     monkeypatch.setattr(session, "PROBE_S", 0.0)
     one = Session(server_config(odd.endpoint))
     await one.open()
-    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    answer: asyncio.Future[list[ua.DataValue]] = asyncio.get_running_loop().create_future()
     asked = asyncio.Event()
 
-    def read_value() -> asyncio.Future[int]:
+    def read_attributes(nodes: object, attribute: object) -> asyncio.Future[list[ua.DataValue]]:
         monkeypatch.setattr(session, "PROBE_S", 3600.0)
         asked.set()
         return answer
 
-    monkeypatch.setattr(one.client.nodes.server_state, "read_value", read_value)
+    monkeypatch.setattr(one.client.uaclient, "read_attributes", read_attributes)
     await asyncio.wait_for(asked.wait(), WAIT_S)
     closing = asyncio.create_task(one.close())
     probe = one._probe_task
     assert probe is not None
-    asyncio.get_running_loop().call_soon(answer.set_result, 0)  # runs after close() has begun: the same turn
+    # runs after close() has begun: the same turn
+    asyncio.get_running_loop().call_soon(answer.set_result, [ua.DataValue()] * 2)
     answer.add_done_callback(lambda _: None)
     await asyncio.wait({closing}, timeout=3.0)
     assert closing.done() and probe.done() and one.state is LinkState.CLOSED

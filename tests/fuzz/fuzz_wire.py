@@ -268,8 +268,11 @@ def own_engine(target: Target, seconds: float, rounds: int, seed: int, findings:
                 return 1
             new = outcome not in outcomes
             outcomes[outcome] += 1
-            if new or (len(pool) < POOL and rng.random() < 0.01):
-                pool.append(data)
+            if new or rng.random() < 0.01:
+                if len(pool) < POOL:
+                    pool.append(data)
+                else:  # the messages of asyncua stay
+                    pool[rng.randrange(len(target.seeds), POOL)] = data
             done += 1
         faulthandler.cancel_dump_traceback_later()
     last.unlink()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from running import write
 
 from opcua_detector.api import Record
@@ -59,11 +60,33 @@ def own_plant(tmp_path: Path) -> Iterator[Simulator]:
         yield running
 
 
-@pytest.fixture
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecondVendor]:
-    """A node-opcua server for one test."""
+@pytest.fixture(scope="module")
+def _shared_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecondVendor]:
     with second_vendor(tmp_path_factory.mktemp("node")) as running:
         yield running
+
+
+@pytest.fixture
+def own_node(tmp_path: Path) -> Iterator[SecondVendor]:
+    """A node-opcua server for one test."""
+    with second_vendor(tmp_path) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def node(_shared_node: SecondVendor) -> SecondVendor:
+    """A node-opcua server that the tests share, calm again whatever the test before did to it."""
+    await _shared_node.calm()
+    return _shared_node
+
+
+@pytest_asyncio.fixture
+async def disturbed(plant: Simulator) -> AsyncIterator[Simulator]:
+    """The shared simulated plant, calm again whatever the test does to it."""
+    await plant.calm()
+    yield plant
+    await plant.calm()
+    await plant.let_go()
 
 
 @pytest.fixture

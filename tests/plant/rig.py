@@ -30,10 +30,9 @@ from .proxy import ChaosProxy
 from .vendors import Vendor
 
 WAIT_S = 40.0
-CALM_S = 0.5  # over which the usual number of messages is counted
-# Above the usual rate: what a new connection asks (log-in, limits, nodes, types), once per connection.
-PER_CONNECTION = 60
-PER_SECOND = 20
+# What a sound client sends: a publish request and a write per row, heartbeats and look-ups of what fails beside them,
+# and for each connection the log-in, limits, nodes and types. A busy loop sends a thousand messages a second.
+PER_ROW, PER_SECOND, PER_CONNECTION = 2.0, 20.0, 60
 FREE_CONNECTIONS, CONNECTIONS_PER_S = 8, 2.0  # the first attempts follow each other quickly
 
 
@@ -62,7 +61,6 @@ class Rig:
 
     def __init__(self, service: Service, proxy: ChaosProxy, vendor: Vendor, file: Path) -> None:
         self.service, self.proxy, self.vendor, self.file = service, proxy, vendor, file
-        self.usual_per_s = 0.0
         self.before = Stock()
         self.session_before: dict[str, int] = {}
         self.feed_before: dict[str, int] = {}
@@ -120,16 +118,12 @@ class Rig:
         return Stock(names, sockets(), self.proxy.open_connections)
 
     async def strike_begins(self) -> None:
-        """Count what is usual, then remember everything that is compared at the end."""
-        start, at = self.proxy.counts(), time.monotonic()
-        await asyncio.sleep(CALM_S)
-        seconds = time.monotonic() - at
-        self.usual_per_s = (self.proxy.counts()["to_server_messages"] - start["to_server_messages"]) / seconds
+        """Remember everything that is compared at the end."""
         self.before = self.stock()
         self.session_before, self.feed_before = dict(self.session.counters), self.counters()
         self._proxy_before, self._struck_at = self.proxy.counts(), time.monotonic()
 
-    async def survived(self, more: int = 100) -> None:
+    async def survived(self, more: int = 60) -> None:
         """Hold the service to what is true after every fault."""
         await self.scoring(more)
         self.not_busy()
@@ -145,9 +139,9 @@ class Rig:
         tried = now["accepted"] + now["refused"] - then["accepted"] - then["refused"]
         sent = now["to_server_messages"] - then["to_server_messages"]
         assert tried <= FREE_CONNECTIONS + CONNECTIONS_PER_S * seconds, f"{tried} connections in {seconds:.1f} s"
-        # A row that was late is caught up, hence the factor.
-        allowed = 1.5 * self.usual_per_s * seconds + PER_CONNECTION * (tried + 1) + PER_SECOND * seconds
-        assert sent <= allowed, f"{sent} messages in {seconds:.1f} s, {self.usual_per_s:.0f} per second are usual"
+        rows_per_s = 1e9 / self.feed.group.period
+        allowed = (PER_ROW * rows_per_s + PER_SECOND) * seconds + PER_CONNECTION * (tried + 1)
+        assert sent <= allowed, f"{sent} messages in {seconds:.1f} s, {tried} connections"
 
     async def nothing_left(self) -> None:
         """Wait until nothing is more than before the fault."""
@@ -200,15 +194,16 @@ def configuration(endpoint: str, **changes: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def rigged(vendor: Vendor, folder: Path, **changes: Any) -> AsyncIterator[Rig]:
-    """Run the service on a server through a proxy, until it scores."""
+async def rigged(vendor: Vendor, folder: Path, *, scores: bool = True, **changes: Any) -> AsyncIterator[Rig]:
+    """Run the service on a server through a proxy; with `scores` the body begins when it scores."""
     async with ChaosProxy(vendor.port) as proxy:
         file = write(folder, configuration(proxy.endpoint, **changes))
         service = Service(load(file), file)
         await service.start()
         try:
             rig = Rig(service, proxy, vendor, file)
-            await rig.scoring()
+            if scores:
+                await rig.scoring()
             yield rig
         finally:
             proxy.heal()

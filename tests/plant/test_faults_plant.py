@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
 from pathlib import Path
 
 import pytest
+from running import RESULTS
+
+from opcua_detector.client.observer import Observer
+from opcua_detector.nodes import State
 
 from . import faults as f
 from .faults import OUTAGE, Fault, hold, survives
+from .proxy import TO_CLIENT
+from .rig import rigged, until
 from .test_faults_quick import FAULTS
-from .vendors import SecondVendor, Simulator, Vendor
+from .vendors import SecondVendor, Simulator, Vendor, second_vendor
 
 pytestmark = [pytest.mark.plant, pytest.mark.timeout(300)]
 
@@ -27,10 +33,11 @@ SLOW = [
 ]
 
 
-@pytest.fixture(params=["asyncua", "node-opcua"])
-def vendor(request: pytest.FixtureRequest) -> Iterator[Vendor]:
+@pytest.fixture(params=["own_plant", "own_node"], ids=["asyncua", "node-opcua"])
+def vendor(request: pytest.FixtureRequest) -> Vendor:
     """A server of its own for each test."""
-    yield request.getfixturevalue("own_plant" if request.param == "asyncua" else "node")
+    found: Vendor = request.getfixturevalue(request.param)
+    return found
 
 
 @survives(SLOW)
@@ -45,3 +52,60 @@ async def test_fault_is_survived_on_the_second_vendor(
     fault: Fault, node: SecondVendor, folder: Path, quick: None
 ) -> None:
     await hold(fault, node, folder)
+
+
+# --- limits that only the second vendor enforces ---
+
+LIMITS = {"maxNodesPerRead": 6, "maxNodesPerWrite": 5, "maxMonitoredItemsPerCall": 1,
+          "maxNodesPerTranslateBrowsePathsToNodeIds": 1}
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["told", "not told"])
+async def test_too_many_operations_are_split(own_node: SecondVendor, folder: Path, hidden: bool, quick: None) -> None:
+    """Where the server tells its limits, and where it says that it has none and answers BadTooManyOperations."""
+    await own_node.do("limits", limits=LIMITS, hidden=hidden)
+    async with rigged(own_node, folder, group={"sampling": "0 ms"}) as rig:
+        back = rig.run.back
+        assert back is not None
+        await until(lambda: not any(back.states().values()), "every output to be written")
+        await rig.strike_begins()
+        async with Observer(f"opc.tcp://127.0.0.1:{own_node.port}/") as observer:
+            nodes = {name: f"{RESULTS}lorenz.{name}" for name in ("Score", "State", "ExplanationText", "LastUpdateText")}
+            first = await observer.read(nodes)
+            await until(lambda: changed(observer, nodes, first["LastUpdateText"]), "results on the server")
+        await rig.survived()
+
+
+async def changed(observer: Observer, nodes: dict[str, str], before: str) -> bool:
+    """Whether the server shows another row, in state normal."""
+    now = await observer.read(nodes)
+    return bool(now["LastUpdateText"] != before and now["State"] == State.NORMAL)
+
+
+async def test_an_item_beyond_the_servers_limit_is_tried_again_while_the_rest_runs(
+    own_node: SecondVendor, folder: Path, quick: None
+) -> None:
+    await own_node.do("max_items", n=1)
+    async with rigged(own_node, folder, scores=False, group={"sampling": "0 ms"}) as rig:
+        await until(lambda: rig.feed.tag_states()["x3"], "the second tag to find no room")
+        assert "TooManyMonitoredItems" in rig.feed.tag_states()["x3"] and rig.feed.tag_states()["x1"] == ""
+        delivered = rig.counters()["delivered"]
+        await until(lambda: rig.counters()["delivered"] > delivered + 50, "the first tag to go on")
+        await rig.strike_begins()
+        await own_node.do("max_items", n=100)
+        await rig.survived()
+
+
+async def test_a_queue_that_runs_over_is_counted_and_a_gap(folder: Path, tmp_path: Path, quick: None) -> None:
+    """Sampling 0 asks for a short queue; while the answers are held up the server throws values away and says so."""
+    with second_vendor(tmp_path, least_queue=10) as server:
+        async with rigged(server, folder, group={"sampling": "0 ms"}) as rig:
+            await rig.strike_begins()
+            rig.proxy.stall(TO_CLIENT)
+            await asyncio.sleep(0.8)
+            rig.proxy.heal()
+            await until(lambda: rig.grown("overflowed") > 0, "the overflow to be told")
+            assert rig.counters()["lost"] > rig.feed_before["lost"]
+            await rig.scoring()
+            rig.not_busy()
+            await rig.nothing_left()

@@ -64,6 +64,10 @@ class Vendor(Protocol):
         """Let the source clock jump by this much from its true time."""
         ...
 
+    async def calm(self) -> None:
+        """End every disturbance, so that the next test finds a healthy plant."""
+        ...
+
 
 class Simulator:
     """The project's own simulated plant, on asyncua."""
@@ -147,6 +151,7 @@ class SecondVendor:
 
     def __init__(self, server: NodeServer) -> None:
         self.server = server
+        self._removed: set[str] = set()
 
     @property
     def port(self) -> int:
@@ -178,6 +183,19 @@ class SecondVendor:
         }
         words = {"read_only": "access", "writable": "access", "session_limit": "max_sessions"}
         await self.do(words.get(what, what), **how.get(what, {}))
+        if what == "remove":
+            self._removed.add(argument)
+        elif what == "restore":
+            self._removed -= {argument}
+
+    async def calm(self) -> None:
+        """End every disturbance, so that the next test finds a healthy plant."""
+        usual = [("session_limit", "0"), ("publish_limit", "0"), ("writable", "")]
+        usual += [("restore", name) for name in sorted(self._removed)] + [("type", f"{tag}=Double") for tag in TAGS]
+        for what, argument in usual:
+            await self.disturb(what, argument)
+        await self.status("Good", *TAGS)
+        await self.clock(0.0)
 
     async def status(self, code: str, *tags: str) -> None:
         await self.do("status", names=list(tags), code=code)

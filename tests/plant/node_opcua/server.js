@@ -249,6 +249,12 @@ const commands = {
     max_sessions: ({ n }) => {
         server.engine.serverCapabilities.maxSessions = n;
     },
+    max_items: ({ n }) => {
+        server.engine.serverCapabilities.maxMonitoredItemsPerSubscription = n;
+        for (const subscription of owners().flatMap((session) => session.publishEngine.subscriptions)) {
+            subscription.serverCapabilities.maxMonitoredItemsPerSubscription = n;
+        }
+    },
     publish_limit: ({ n }) => {
         opcua.ServerSession.maxPublishRequestInQueue = n;
         for (const session of sessions()) {

@@ -1,0 +1,205 @@
+"""Reads tags once per period where a server cannot report their changes fast enough, or at all.
+
+One prepared Read per period and call size; its answer comes as columns, in the shape of a notification. A poll that
+takes longer than the period is not overtaken by the next one: what is missed is counted.
+
+Time of a sample. A value that has not changed comes with the stamp that it had before; as a sample it says that the
+value still stood when it was read. It then stands at its stamp plus the time that has passed on our clock since the
+stamp was first seen, up to the moment at which the Read was *sent*. The server answered after that, so any later change
+has a later stamp: the stamps of a tag never go back, whatever the distance of the two clocks and the round trip are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from asyncua import Client
+from asyncua.ua.uaerrors import UaError
+from numpy.typing import NDArray
+
+from ..errors import ConnectionProblem
+from . import wire
+from .limits import TOO_MUCH
+from .session import Session
+from .waiting import within
+from .wire_requests import PreparedRead, ReadFrom
+
+log = logging.getLogger(__name__)
+
+_FAILURES_IN_A_ROW = 3  # answers that are no values; then the connection counts as dead
+
+# (column int32[m], source_ns int64[m], samples): `source_ns` takes the place of the stamps of the samples
+OnPolled = Callable[[NDArray[np.int32], NDArray[np.int64], wire.Samples], None]
+
+
+class Stamps:
+    """Stamps of values that are read again and again.
+
+    Parameters
+    ----------
+    n : number of values in one Read
+    """
+
+    def __init__(self, n: int) -> None:
+        self._raw = np.full(n, wire.NO_STAMP, np.int64)
+        self._seen_ns = np.zeros(n, np.int64)
+
+    def of(self, raw: NDArray[np.int64], sent_ns: int, received_ns: int) -> NDArray[np.int64]:
+        """Return int64[n]: the stamps of one answer as samples.
+
+        raw : int64[n]; stamps as the server tells them, NO_STAMP where it tells none
+        sent_ns, received_ns : int; when the Read went out and its answer came, on a monotonic clock
+        """
+        known = (raw == self._raw) & (raw != wire.NO_STAMP)
+        stamps = np.where(known, raw + (sent_ns - self._seen_ns), raw)
+        self._seen_ns = np.where(known, self._seen_ns, received_ns)
+        self._raw = raw.copy()
+        return stamps
+
+
+class _Call:
+    """The values of one Read."""
+
+    def __init__(self, token: bytes, column: NDArray[np.int32], nodes: Sequence[Any]) -> None:
+        self.column = column
+        self.request = PreparedRead(token, [ReadFrom(node) for node in nodes])
+        self.values = wire.Columns(len(nodes))
+        self.stamps = Stamps(len(nodes))
+
+
+class Poller:
+    """Reads some tags of one session once per period.
+
+    Parameters
+    ----------
+    on_polled : called with (column int32[m], source_ns int64[m], samples) after each answer; NO_STAMP where the server
+        gives neither stamp; the samples hold until it returns
+    clock_ns : monotonic
+
+    Attributes
+    ----------
+    counters : polls (answers), poll_overruns (periods that a slow answer took from the next polls), poll_failures
+    last_heard_ns : when the last answer came, by `clock_ns`
+    """
+
+    def __init__(
+        self, session: Session, period_ns: int, on_polled: OnPolled, *,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.session = session
+        self.counters = {"polls": 0, "poll_overruns": 0, "poll_failures": 0}
+        self.last_heard_ns = 0
+        self.period_ns = period_ns
+        self._on_polled, self._clock_ns = on_polled, clock_ns
+        self._nodes: dict[int, Any] = {}
+        self._calls: list[_Call] | None = None
+        self._failed = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, column: int) -> bool:
+        return column in self._nodes
+
+    def add(self, column: int, node: Any) -> None:
+        """Read this node for a column from the next period on."""
+        if self._nodes.get(column) != node:
+            self._nodes[column] = node
+            self._calls = None
+
+    def remove(self, column: int) -> None:
+        """Read a column no more."""
+        if self._nodes.pop(column, None) is not None:
+            self._calls = None
+
+    def start(self, client: Client) -> None:
+        """Begin to read on this connection; nothing happens where it has begun."""
+        if self._task is None or self._task.done():
+            self.last_heard_ns = self._clock_ns()
+            self._failed = 0
+            self._task = asyncio.create_task(self._poll(client), name="polling")
+
+    def stop(self) -> None:
+        """Read no more and forget the nodes; never waits."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        self._nodes.clear()
+        self._calls = None
+
+    async def _poll(self, client: Client) -> None:
+        loop = asyncio.get_running_loop()
+        period_s = self.period_ns / 1e9
+        due = loop.time()
+        while True:
+            if self._nodes and not await self._round(client):
+                return
+            now = loop.time()
+            due += period_s
+            if due < now:
+                missed = int((now - due) / period_s) + 1
+                self.counters["poll_overruns"] += missed
+                due += missed * period_s
+            await asyncio.sleep(max(0.0, due - loop.time()))
+
+    async def _round(self, client: Client) -> bool:
+        """Read everything once; False when the connection is given up."""
+        try:
+            if self._calls is None:
+                self._calls = self._make(client)
+            for call in self._calls:
+                if not await self._read(client, call):
+                    break
+        except (TimeoutError, OSError) as error:
+            self.session.fail(f"a poll is not answered ({type(error).__name__})", client)
+            return False
+        except (UaError, ConnectionProblem) as error:
+            self.counters["poll_failures"] += 1
+            self._failed += 1
+            if self._failed >= _FAILURES_IN_A_ROW:
+                self.session.fail(f"polls fail: {type(error).__name__}: {error}", client)
+                return False
+        return True
+
+    def _make(self, client: Client) -> list[_Call]:
+        token = wire.token_of(client)
+        size = self.session.limit("read")
+        columns = sorted(self._nodes)
+        return [
+            _Call(token, np.array(part, np.int32), [self._nodes[column] for column in part])
+            for part in (columns[first : first + size] for first in range(0, len(columns), size))
+        ]
+
+    async def _read(self, client: Client, call: _Call) -> bool:
+        """Read one call; False when it was too large and all calls are made anew."""
+        timeout_s = self.session.timeout_s
+        sent_ns = self._clock_ns()
+        body = await within(wire.send_prepared(client, call.request, timeout_s), timeout_s)
+        received_ns = self._clock_ns()
+        n = len(call.column)
+        try:
+            samples = wire.decode_read(body, n, call.values)
+        except UaError as error:
+            if _name(error) not in TOO_MUCH or n == 1:
+                raise
+            self.session.limits.refused("read", n)
+            self.session.counters["halved_calls"] += 1
+            self._calls = None
+            return False
+        self.last_heard_ns = received_ns
+        self._failed = 0
+        self.counters["polls"] += 1
+        raw = np.where(samples.source_ns == wire.NO_STAMP, samples.server_ns, samples.source_ns)
+        self._on_polled(call.column, call.stamps.of(raw, sent_ns, received_ns), samples)
+        return True
+
+
+def _name(error: UaError) -> str:
+    code = getattr(error, "code", None)
+    return wire.status_name(code) if isinstance(code, int) else type(error).__name__
