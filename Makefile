@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SECONDS ?= 40
 
-.PHONY: demo test test-train lint types bundle bench bench-detection models clean
+.PHONY: demo test test-train test-plant fuzz lint types bundle bench bench-detection models clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python))
@@ -32,6 +32,18 @@ test: $(VENV)/.dev  ## all tests that need neither torch nor Node.js nor minutes
 
 test-train: $(VENV)/.train  ## tests that train with torch
 	$(BIN)/python -m pytest -m train $(PYTEST_ARGS)
+
+NODE_OPCUA := tests/plant/node_opcua/node_modules/.installed
+
+$(NODE_OPCUA): tests/plant/node_opcua/package.json tests/plant/node_opcua/package-lock.json
+	cd tests/plant/node_opcua && npm ci --no-audit --no-fund --loglevel=error
+	touch $@
+
+test-plant: $(VENV)/.dev $(NODE_OPCUA)  ## faults that take minutes, and a second vendor's server (needs Node.js 20)
+	$(BIN)/python -m pytest -m plant $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev  ## a minute of hostile bytes for the decoders
+	$(BIN)/python tests/fuzz/fuzz_wire.py --seconds 60
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
