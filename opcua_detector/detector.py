@@ -254,7 +254,7 @@ def fit(
     times : n increasing instants: seconds since 1970 (float), nanoseconds (int) or datetime64; a step of more than 3
         periods is a gap. Default: no gaps
     valid : bool[n, n_tags]; False = do not use
-    intervals : healthy row ranges [start, stop), disjoint and ascending; default: all rows
+    intervals : healthy row ranges [start, stop), disjoint and ascending, each a run of its own; default: all rows
     params : `false_alarms_per_day` (1), `windows_s` (automatic), `methods` (["auto"]), `state_tag` (""), `name`
 
     Raises
@@ -280,6 +280,7 @@ def fit(
     record = _record(rows, named, round(period_s * NS), times, valid)
     if intervals is not None:
         record = record.take(_rows_of(intervals, len(record)))
+        record.gap[np.cumsum([0, *(stop - start for start, stop in intervals[:-1])])] = 1  # touching ones are runs too
     monitor = monitor_of(name=given["name"], group="rows", methods=given["methods"], state_tag=given["state_tag"],
                          false_alarms_per_day=given["false_alarms_per_day"])
     methods = methods_of(monitor, Registry(), Path("params"))

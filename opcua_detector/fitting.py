@@ -36,7 +36,7 @@ FAR_UNLIKE, STILL_UNLIKE = 7.5, 0.95
 RESPONSE_LAGS, RESPONSE_BLOCKS = 8, 8  # rows; parts of a stretch
 RESPONSE_ROWS = 2000  # least, to know how healthy stretches differ
 # How far a stretch must lie from the centre of all: times the median distance, times that of MOST_UNLIKE, times the
-# farthest one outside it (squares). At 12 000 rows the faults of the throttle: from 168, 59 and 31 on; 60 clean records
+# farthest one outside it (squares). At 12 000 rows the faults of the throttle: from 168, 59 and 31 on; 80 clean records
 # of four plants: up to 144, 32 and 11, none with all three near.
 RESPONSE_BARS = (100.0, 40.0, 18.0)
 RESPONSE_RIDGE = 1e-3  # per row

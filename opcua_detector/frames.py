@@ -19,8 +19,11 @@ The rule, for period P:
    waited for.
 4. *Late.* A sample older than one already used by its tag is dropped; of two with the same stamp the later
    arrival wins; one that comes after its row closed is held into the next.
-5. *Stale.* A measured, counter or angle tag without a sample for more than max_hold periods is not valid;
-   set-points, commands and states are held for as long as the connection lives.
+5. *Quality.* A Bad sample does what the tag's `quality` says: the last value before it is held, the tag is masked, or
+   the rows stop; an Uncertain one what its `uncertain` says, by default it is used. NaN and infinity are masked.
+   *Stale.* A measured, counter or angle tag without a sample for more than max_hold periods is not valid; set-points,
+   commands and states are held for as long as the connection lives. `stale_after_ns` is the tag's own limit, of either
+   kind; a value that is held over a Bad sample ends with it too.
 6. *Gap.* No sample of any tag for more than max_hold periods, a lost connection, or a Bad sample of a tag
    with quality `stop`: the next row carries the gap flag. The grid keeps its phase; the rows of such a hole
    are not made, those of a shorter one are held. While a connection is idle, `advance` makes held rows up to
@@ -44,7 +47,7 @@ from .kernels import rows as _k
 
 START_PERIODS = 8
 _BAD = 0x80000000
-_POLICY = {"hold": _k.POLICY_HOLD, "mask": _k.POLICY_MASK, "stop": _k.POLICY_STOP}
+_POLICY = {"hold": _k.POLICY_HOLD, "mask": _k.POLICY_MASK, "stop": _k.POLICY_STOP, "use": _k.POLICY_USE}
 _NO_INDEX = np.empty(0, np.int32)
 _NO_STAMPS = np.empty(0, np.int64)
 _NO_VALUES = np.empty(0, np.float64)
@@ -88,8 +91,15 @@ class FrameBuilder:
         state[_k.NEWEST], state[_k.GAP_NEXT], state[_k.BOOT_SPAN] = _k.FAR_PAST, 1, START_PERIODS
         per_tag = np.zeros((_k.N_TAG_INTS, n), np.int64)
         per_tag[_k.STAMP], per_tag[_k.USED], per_tag[_k.STEP] = _k.FAR_PAST, 1, 1
-        per_tag[_k.JUDGED] = [tag.judged for tag in tags]
+        stale_ns: list[int | None] = [getattr(tag, "stale_after_ns", None) for tag in tags]
+        rows_held = [self.max_hold if one is None else one // self.period_ns for one in stale_ns]
+        per_tag[_k.HOLD] = rows_held
+        per_tag[_k.STALE] = [
+            n if tag.judged or one is not None else _k.FOR_EVER
+            for tag, n, one in zip(tags, rows_held, stale_ns, strict=True)
+        ]
         per_tag[_k.POLICY] = [_POLICY[tag.quality] for tag in tags]
+        per_tag[_k.UNCERTAIN] = [_POLICY[getattr(tag, "uncertain", "use")] for tag in tags]
         slots = self.lateness_ns // self.period_ns + 3
         ring = np.zeros((2, slots, n), np.int64)
         ring[0] = _k.FAR_PAST

@@ -9,14 +9,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import __version__
-from .api import BAD_DATA_UNAVAILABLE, Explanation, Frame, Verdict
+from .api import Explanation, Frame, Verdict
 from .app import changed_since_fit, group_tags, model_path, open_monitor, record_model, registry_of
 from .client import (
     ClockWatch,
@@ -29,103 +29,57 @@ from .client import (
     check_tags,
     raise_findings,
 )
-from .config import Config, MonitorConfig
+from .client.forward import EventsAway
+from .client.lease import LeaseKeeper, Role, instance_name
+from .client.write_rules import NO_RULES, WriteRules
+from .client.writeback import OUTSIDE
+from .config import Config, MonitorConfig, ServerConfig
+from .delivery import MonitorRun, known
 from .engine import Engine, Monitor
+from .errors import ConfigError, ConnectionProblem
 from .explain import counterfactual_sentence
 from .feedback.live import LiveFeedback
 from .model import load as load_model
-from .nodes import NO_SCORE, STATE_TEXTS, TOP, State
+from .nodes import EVENTS_AWAY, LEASE, State
+from .outages import ConnectionAlarms, GapFiller
 from .store import AuditEntry, Event, Retention, Store
+from .store.schema import DamagedStore
 from .telemetry import Telemetry
+
+__all__ = ["MonitorRun", "Service", "Writing", "check_nodes", "config_hash", "known", "retention_of", "writing_of"]
 
 log = logging.getLogger(__name__)
 
-EXPLAIN_AGAIN_NS = 1_000_000_000  # while an alert stands its explanation follows the situation this often
-SLOW_EVERY_NS = 1_000_000_000
 TIMINGS = 1 << 16
 EXPLAIN_PATIENCE_S = 2.0
-NOTHING_VALID = "Bad: no tag has a valid value"
+TICK_S = 0.25
+BLOCKED_S = 1.0  # the loop has stood still when it is as late as this
+FAIL_AFTER_S = 5.0  # without a row: no verdict
 
 
-# An alert that nobody watches any more must not stand for ever; State and Score say that this is no all-clear.
-LAST_WORDS: Mapping[str, Any] = {
-    "State": State.STOPPED, "StateText": STATE_TEXTS[State.STOPPED], "Score": math.nan,
-    "SlowScore": float(NO_SCORE), "Quality": "Bad: the detector was stopped", "IsAnomaly": False, "Severity": 0,
-    "ExplanationText": "",
-    **{f"Top{rank}{what}": empty for rank in range(1, TOP + 1)
-       for what, empty in (("Tag", ""), ("Contribution", 0.0), ("Cause", ""))},
-}
+@dataclass(frozen=True)
+class Writing:
+    """How one server is written.
+
+    lease_s : period of the lease on the outputs; 0: this instance alone writes
+    name : of this instance; empty: made once and kept beside the store
+    """
+
+    rules: WriteRules = NO_RULES
+    lease_s: float = 0.0
+    name: str = ""
 
 
-class MonitorRun:
-    """One monitor in operation: its outputs, its explanation and what the terminal shows of it."""
-
-    def __init__(self, config: MonitorConfig, monitor: Monitor, back: WriteBack | None) -> None:
-        self.config, self.monitor, self.back = config, monitor, back
-        self.explanation: Explanation | None = None
-        self.explaining = False
-        self.latency_ms = math.nan
-        self.scored = 0
-        self.raised_ns = 0
-        self.peak = math.nan
-        self.state = State.WARMING_UP
-        self.alerts: list[Explanation] = []
-        self.columns = np.zeros(0, np.int64)  # of the group's frame: the tags that the monitor looks at
-        self._told_state = -1
-        self._told_ns = self._explained_ns = 0
-        self._quality = ""
-
-    @property
-    def top_tags(self) -> list[tuple[str, float]]:
-        """Tags by contribution, the largest first, those without any left out."""
-        verdict = self.monitor.verdict
-        order = np.argsort(-verdict.contribution, kind="stable")[:TOP]
-        return [(verdict.tags[i], float(verdict.contribution[i])) for i in order if verdict.contribution[i] > 0]
-
-    def explain_due(self, verdict: Verdict) -> bool:
-        """Whether this row asks for a (new) explanation."""
-        if not verdict.alert or self.explaining:
-            return False
-        due = verdict.raised or verdict.source_ns - self._explained_ns >= EXPLAIN_AGAIN_NS
-        if due:
-            self._explained_ns = verdict.source_ns
-        return due
-
-    def fast(self, verdict: Verdict) -> dict[str, Any]:
-        """Return what changes with every row."""
-        return {
-            "Score": verdict.score, "SlowScore": known(verdict.slow_score), "IsAnomaly": verdict.alert,
-            "Severity": verdict.severity, "State": self.state,
-            "EventNo": verdict.event_no, "RTrans": known(verdict.r_trans), "RBound": known(verdict.r_bound),
-            "RConf": known(verdict.r_conf), "Contributions": verdict.contribution,
-            "Residuals": np.where(np.isnan(verdict.residual), NO_SCORE, verdict.residual),
-            "LastUpdate": verdict.source_ns, "LastUpdateText": iso(verdict.source_ns), "LatencyMs": self.latency_ms,
-        }
-
-    def slow_due(self, verdict: Verdict) -> bool:
-        """Whether texts or counters have to be told: something of them changed or a second has passed."""
-        return (self.state != self._told_state or verdict.quality != self._quality or verdict.cleared
-                or verdict.source_ns - self._told_ns >= SLOW_EVERY_NS)
-
-    def slow(self, verdict: Verdict, lost: int, superseded: int) -> dict[str, Any]:
-        """Return texts and counters."""
-        self._told_state, self._quality, self._told_ns = self.state, verdict.quality, verdict.source_ns
-        quality = NOTHING_VALID if self.state == State.NO_DATA else verdict.quality
-        return {"StateText": STATE_TEXTS[self.state], "Quality": quality, "ModelId": verdict.model_id,
-                "Limit": 1.0, "LostSamples": lost, "SupersededWrites": superseded, **self.cause_values()}
-
-    def cause_values(self) -> dict[str, Any]:
-        """Return explanation, top tags and causes; empty texts while no alert stands."""
-        verdict, told = self.monitor.verdict, self.explanation
-        standing = verdict.alert
-        values: dict[str, Any] = {"ExplanationText": told.sentence if standing and told else ""}
-        top = (list(told.shares[:TOP]) if told and told.shares else self.top_tags) if standing else []
-        causes = told.causes if standing and told else ()
-        for rank in range(1, TOP + 1):
-            tag, share = top[rank - 1] if rank <= len(top) else ("", 0.0)
-            values[f"Top{rank}Tag"], values[f"Top{rank}Contribution"] = tag, share
-            values[f"Top{rank}Cause"] = self.monitor.cause_text(causes[rank - 1]) if rank <= len(causes) else ""
-        return values
+def writing_of(server: ServerConfig) -> Writing:
+    """Return how the configuration wants a server to be written."""
+    given = getattr(server, "writing", None)
+    if given is None:
+        return Writing()
+    lease = given.lease
+    return Writing(
+        WriteRules(tuple(given.allow), given.dry_run, given.node_every / 1e9, given.values_per_s,
+                   given.read_back / 1e9),
+        lease.period / 1e9 if lease else 0.0, lease.name if lease else "")
 
 
 class Service:
@@ -136,10 +90,18 @@ class Service:
     only : names of the monitors to run; none: all
     on_verdict : called with (run, verdict) after each verdict, on the loop; for demonstrations and tests
     write : False: a dry run, nothing is written to any server
+    writing : server -> how it is written, in place of what the configuration says
+
+    Attributes
+    ----------
+    counters : loop_blocked (times that our own event loop stood still), detector_errors (rows that a detector could
+        not work on), silences (monitors that were told to have no data because no row came), events_dropped (alerts
+        of the time away that were told in the store only)
     """
 
     def __init__(self, config: Config, config_file: Path, *, only: Sequence[str] = (), write: bool = True,
-                 on_verdict: Callable[[MonitorRun, Verdict], None] | None = None) -> None:
+                 on_verdict: Callable[[MonitorRun, Verdict], None] | None = None,
+                 writing: Mapping[str, Writing] | None = None) -> None:
         self.config, self.config_file = config, config_file
         self.runs: dict[str, MonitorRun] = {}
         self.feeds: dict[str, GroupFeed] = {}
@@ -150,6 +112,16 @@ class Service:
         self._only, self._write, self._on_verdict = only, write, on_verdict
         self.backs: dict[str, WriteBack] = {}
         self.clocks: dict[str, ClockWatch] = {}
+        self.keepers: dict[str, LeaseKeeper] = {}
+        self.fillers: dict[str, GapFiller] = {}
+        self.connections = ConnectionAlarms(lambda: self.store, self._fed_by)
+        self.counters = dict.fromkeys(("loop_blocked", "detector_errors", "silences", "events_dropped"), 0)
+        self._writing = dict(writing or {})
+        self._away: dict[str, EventsAway] = {}
+        self._acked_ns: dict[str, int] = {}
+        self._fail_after: dict[str, float] = {}
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._tick_due = 0.0
         self.wanted = tuple(only) or tuple(item.name for item in config.monitors)
         self.telemetry = Telemetry(self)
         self._recordings: dict[str, Any] = {}
@@ -173,13 +145,29 @@ class Service:
             monitors = self._open_monitors()
             await self._open_sessions(monitors)
             await self._check(monitors)
-            self.store = Store.open(self.config.store.path, synchronous=self.config.store.synchronous,
-                                    retention=retention_of(self.config))
+            self.store = self._open_store()
             await self._attach(monitors)
+            self._tick_due = self._loop.time()
+            self._tick()
             self.telemetry.running()
         except BaseException:
             await self.stop("start failed")
             raise
+
+    def _open_store(self) -> Store:
+        """Open the store; a damaged one is set aside: an old record must not keep the plant from being watched."""
+        settings = self.config.store
+        try:
+            return Store.open(settings.path, synchronous=settings.synchronous, retention=retention_of(self.config))
+        except DamagedStore as damage:
+            if getattr(settings, "on_corrupt", "set_aside") != "set_aside":
+                raise
+            store = Store.open(settings.path, synchronous=settings.synchronous, retention=retention_of(self.config),
+                               on_corrupt="set_aside")
+            entry = next(iter(store.audit("damaged file set aside", limit=1)), None)
+            log.error("%s: it was renamed to %s, and an empty store is begun; event numbers begin anew", damage.what,
+                      entry.detail["renamed_to"] if entry else "a file beside it")
+            return store
 
     def _open_monitors(self) -> dict[str, list[tuple[MonitorConfig, Monitor]]]:
         registry = registry_of(self.config)
@@ -197,18 +185,27 @@ class Service:
 
     async def _open_sessions(self, monitors: Mapping[str, list[tuple[MonitorConfig, Monitor]]]) -> None:
         wanted: dict[str, None] = {}
-        for group_name, items in monitors.items():
+        for group_name in monitors:
             group = self.config.group(group_name)
             for server in [group.server, *(t.server for t in group.tags if t.server)]:
                 wanted[server] = None
+        needed = set(wanted)
+        for items in monitors.values():
             for item, _ in items:
-                if item.outputs and self._write:
+                if item.outputs:
                     wanted[item.outputs.server] = None
         for name in wanted:
-            session = Session(self.config.server(name),
-                              on_state=lambda state, reason, name=name: self._link(name, state))  # type: ignore[misc]
+            session = Session(self.config.server(name), on_state=lambda state, reason, name=name: self._link(  # type: ignore[misc]
+                name, state, reason))
             self.sessions[name] = session
-            await session.open()
+            try:
+                await session.open()
+            except ConnectionProblem as problem:
+                if self._write or name in needed:
+                    raise
+                del self.sessions[name]
+                log.warning("dry run without the outputs: %s", problem)
+                continue
             self.clocks[name] = ClockWatch(session)
             await session.attach(self.clocks[name])
 
@@ -227,14 +224,15 @@ class Service:
             "models": {item.name: monitor.model.model_id for items in monitors.values() for item, monitor in items}},
             ), timeout_s=None)
         targets: dict[str, dict[tuple[str, str], str]] = {}
-        for item in self._outputs(monitors):
-            assert item.outputs is not None
+        for item in [item for items in monitors.values() for item, _ in items]:
+            if item.outputs is None or item.outputs.server not in self.sessions:
+                continue
             nodes = targets.setdefault(item.outputs.server, {})
             nodes |= {(item.name, signal): node for signal, node in item.outputs.node_of().items()}
+        for name in self.sessions:
+            self.connections.watch(name)
         for server, nodes in targets.items():
-            back = WriteBack(self.sessions[server], nodes, on_ack=self._acknowledged)
-            self.backs[server] = back
-            await self.sessions[server].attach(back)
+            await self._attach_outputs(server, nodes)
         self.feedback = LiveFeedback(self.config, self.config_file, self.store, self.runs, self._tell_feedback)
         for group_name, items in monitors.items():
             for item, monitor in items:
@@ -244,6 +242,59 @@ class Service:
             await self._start_group(group_name, [self.runs[item.name] for item, _ in items])
         await self.feedback.start(self.sessions, read_nodes=self._write)
 
+    async def _attach_outputs(self, server: str, nodes: dict[tuple[str, str], str]) -> None:
+        """Begin to write to a server.
+
+        Raises
+        ------
+        ConfigError
+            A lease is asked for where there is no node for it.
+        NodeProblem
+            An output leads to a node outside the allow-list.
+        """
+        session, writing = self.sessions[server], self._writing.get(server) or writing_of(self.config.server(server))
+        bases = {name: outputs.base for name in dict.fromkeys(name for name, _ in nodes)
+                 if (outputs := self.config.monitor(name).outputs) is not None}
+        rules = writing.rules if self._write else replace(writing.rules, dry_run=True)
+        keeper = None
+        if writing.lease_s > 0 and not rules.dry_run:
+            keeper = self._lease(server, bases, writing)
+            await session.attach(keeper)
+        extra = {(name, EVENTS_AWAY): f"{base}.{EVENTS_AWAY}" for name, base in bases.items() if base}
+        back = WriteBack(session, nodes, optional=extra, on_ack=self._acknowledged, rules=rules, leases=keeper)
+        self.backs[server] = back
+        for name in bases:
+            self._away[name] = EventsAway()
+        await session.attach(back)
+        if self._write:
+            raise_findings([
+                Finding(f"{self.config_file}: monitors.{monitor}.outputs.{signal}", reason,
+                        "correct the output, or add the node to writing.allow of the server")
+                for (monitor, signal), reason in back.states().items() if reason.endswith(OUTSIDE)])
+
+    def _lease(self, server: str, bases: Mapping[str, str], writing: Writing) -> LeaseKeeper:
+        for name, base in bases.items():
+            if not base:
+                raise ConfigError("a lease needs the result node Lease", file=str(self.config_file),
+                                  key=f"monitors.{name}.outputs.base", next_step="give base, or take the lease away")
+        keeper = LeaseKeeper(self.sessions[server], {name: f"{base}.{LEASE}" for name, base in bases.items()},
+                             instance_name(self.config.store.path, writing.name), writing.lease_s,
+                             on_change=self._role_changed)
+        self.keepers[server] = keeper
+        return keeper
+
+    def _role_changed(self, monitor: str, role: Role, other: str) -> None:
+        """Another instance writes from now on, or this one does."""
+        outputs = self.config.monitor(monitor).outputs
+        assert outputs is not None
+        who = f", {other} writes" if other else ""
+        log.warning("monitor %s: %s%s", monitor, "writes its outputs" if role is Role.HOLDER else "standby", who)
+        if self.store is not None:
+            self.store.record_audit(AuditEntry("service", "lease", {
+                "monitor": monitor, "role": role.value, "other": other}), timeout_s=None)
+        if role is Role.HOLDER and outputs.server in self.backs:
+            self.backs[outputs.server].resume(monitor)
+
     async def _start_group(self, name: str, runs: list[MonitorRun]) -> None:
         assert self.store is not None
         group = self.config.group(name)
@@ -252,22 +303,36 @@ class Service:
         names = [tag.name for tag in group.tags]
         for run in runs:
             run.monitor.continue_events(self.store.last_event_no(run.config.name))
+            self._end_interrupted(run.config.name)
+            given = getattr(run.config.outputs, "fail_after", None)
+            hold_s = 2 * group.max_hold * group.period / 1e9
+            self._fail_after[run.config.name] = max(FAIL_AFTER_S if given is None else given / 1e9, hold_s)
             run.columns = np.array([names.index(tag) for tag in run.monitor.verdict.tags], np.int64)
             self._no_data(run, "Bad: waiting for the first row")
         if self.config.store.record:
             self._recordings[name] = self.store.start_recording(
                 None, group_tags(group), group.period, group=name, server=group.server)
         recording = self._recordings.get(name)
+        filler = self.fillers[name] = GapFiller(group, self.sessions, self.store)
+        if recording is None:
+            filler.most_ns = 0
+        elif (most_ns := getattr(self.config.store, "backfill", None)) is not None:
+            filler.most_ns = most_ns
         assert self.feedback is not None
         recent = self.feedback.watch(name, engine)
 
         def on_frame(frame: Frame) -> None:
             started = time.perf_counter_ns()
-            verdicts = engine.step(frame)
+            filler.row(frame.source_ns, frame.gap)
+            try:
+                verdicts = engine.step(frame)
+            except Exception as error:
+                self._detector_failed(runs, error)
+                raise
             self.scoring_ns[self.steps % TIMINGS] = time.perf_counter_ns() - started
             self.steps += 1
             for run, verdict in zip(runs, verdicts, strict=True):
-                run.state = state_of(verdict) if frame.valid[run.columns].any() else State.NO_DATA
+                run.take(verdict, bool(frame.valid[run.columns].any()))
                 self._deliver(name, run, verdict)
             recent.offer(frame)
             if recording is not None:
@@ -287,18 +352,25 @@ class Service:
     async def stop(self, reason: str = "stopped") -> None:
         """Stop rows, say so in the nodes, close connections, commit the store; each step even if one fails."""
         self.telemetry.stopping()
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+            self._tick_timer = None
         async with AsyncExitStack() as last_first:  # runs every step, then raises what the first failing one raised
             last_first.callback(self.telemetry.stop)
             last_first.callback(self._close_store, reason)
             for session in self.sessions.values():
                 last_first.push_async_callback(session.close)
+            for keeper in self.keepers.values():
+                last_first.push_async_callback(keeper.stop)
             for back in self.backs.values():
-                names = [name for name, run in self.runs.items() if run.back is back]
-                last_first.push_async_callback(back.stop, {name: LAST_WORDS for name in names})
+                last_first.push_async_callback(back.stop, {
+                    name: run.last_words() for name, run in self.runs.items() if run.back is back})
             if self._tasks:
                 last_first.push_async_callback(asyncio.wait, set(self._tasks), timeout=EXPLAIN_PATIENCE_S)
             if self.feedback is not None:
                 last_first.push_async_callback(self.feedback.stop)
+            for filler in self.fillers.values():
+                last_first.push_async_callback(filler.stop)
             for feed in self.feeds.values():
                 last_first.push_async_callback(feed.stop)
 
@@ -335,16 +407,25 @@ class Service:
         if verdict.raised:
             run.raised_ns, run.peak, run.explanation = verdict.source_ns, verdict.score, None
             log.warning("monitor %s: alert %d raised", run.config.name, verdict.event_no)
-            self.store.record_event(self._event(run, verdict))
+            self._record_event(run, verdict)
         if verdict.alert and verdict.score > run.peak:
             run.peak = verdict.score
         if verdict.cleared:
             log.warning("monitor %s: alert %d cleared", run.config.name, verdict.event_no)
-            self.store.record_event(self._event(run, verdict, cleared_ns=verdict.source_ns))
+            self._record_event(run, verdict, cleared_ns=verdict.source_ns)
         if run.explain_due(verdict):
             self._explain(run, verdict.event_no)
 
-    def _event(self, run: MonitorRun, verdict: Verdict, *, cleared_ns: int | None = None) -> Event:
+    def _record_event(self, run: MonitorRun, verdict: Verdict, *, cleared_ns: int | None = None) -> None:
+        """Keep an event in the store, and for a server that is away."""
+        assert self.store is not None
+        event = self._event(run, verdict, cleared_ns)
+        self.store.record_event(event)
+        away = self._away.get(run.config.name)
+        if away is not None:
+            away.note(event.event_no, event.raised_ns, cleared_ns, event.sentence, time.time_ns())
+
+    def _event(self, run: MonitorRun, verdict: Verdict, cleared_ns: int | None) -> Event:
         told = run.explanation
         return Event(run.config.name, verdict.event_no, run.raised_ns, cleared_ns, run.peak, run.config.severity,
                      verdict.model_id, told.sentence if told else "", told.causes if told else ())
@@ -377,7 +458,7 @@ class Service:
             for tag, without in run.explanation.counterfactual[:1]:
                 log.info("monitor %s: %s", run.config.name, counterfactual_sentence(tag, without, verdict.score))
         if verdict.alert:
-            self.store.record_event(self._event(run, verdict))
+            self._record_event(run, verdict)
             if run.back is not None:
                 run.back.offer(run.config.name, verdict.source_ns, run.fast(verdict), run.cause_values())
 
@@ -390,39 +471,102 @@ class Service:
         run = self.runs.get(monitor)
         if run is not None:
             run.latency_ms = (ack_utc_ns - source_ns) / 1e6  # offers without a row are not acknowledged
+            self._acked_ns[monitor] = ack_utc_ns
 
-    def _link(self, server: str, state: LinkState) -> None:
-        """A lost connection is told in the nodes of the other servers at once, in its own when it is back."""
+    # --- what goes wrong -------------------------------------------------------------------------------------------
+
+    def _fed_by(self, server: str) -> int:
+        """Return how many monitors have tags on a server."""
+        groups = {name for name, feed in self.feeds.items() if server in feed.subscriptions}
+        return sum(run.config.group in groups for run in self.runs.values())
+
+    def _link(self, server: str, state: LinkState, reason: str) -> None:
+        """A lost connection is one alarm; it is told in the nodes of the other servers at once, in its own later."""
         log.info("server %s: %s", server, state.value)  # the session warns
-        if state is LinkState.CONNECTED:
+        session = self.sessions.get(server)
+        if session is None:
             return
+        self.connections.link(server, session, state, reason)
+        connected = state is LinkState.CONNECTED
         for name, feed in self.feeds.items():
-            if server not in feed.subscriptions:
+            if server in feed.subscriptions:
+                for run in self.runs.values():
+                    if run.config.group == name:
+                        self._cut_off(run, server, connected)
+        now = time.time_ns()
+        for name, away in self._away.items():
+            outputs = self.config.monitor(name).outputs
+            if outputs is None or outputs.server != server:
                 continue
-            for run in self.runs.values():
-                if run.config.group == name:
-                    self._no_data(run, f"Bad: no connection to {server}")
+            if not connected:
+                away.begin(self._acked_ns.get(name, now))
+            elif text := away.end(now):
+                self.backs[server].tell(name, {EVENTS_AWAY: text})
+        dropped = sum(away.dropped for away in self._away.values())
+        if dropped > self.counters["events_dropped"]:
+            log.warning("server %s: %d alerts of the time away are told in the store only", server,
+                        dropped - self.counters["events_dropped"])
+            self.counters["events_dropped"] = dropped
+
+    def _cut_off(self, run: MonitorRun, server: str, connected: bool) -> None:
+        others = tuple(one for one in run.cut_off if one != server)
+        if connected:
+            if run.cut_off != others:
+                run.cut_off = others
+                if run.state == State.NO_DATA:
+                    self._no_data(run, "Bad: waiting for the first row")
+            return
+        run.cut_off = (*others, server)
+        self._no_data(run, f"Bad: no connection to {server}")
 
     def _no_data(self, run: MonitorRun, quality: str) -> None:
-        run.state = State.NO_DATA
+        self._no_verdict(run, State.NO_DATA, quality)
+
+    def _no_verdict(self, run: MonitorRun, state: int, quality: str) -> None:
+        fast, slow = run.no_verdict(state, quality)
         if run.back is not None:
-            run.back.offer(run.config.name, 0,
-                           {"Score": math.nan, "State": State.NO_DATA},
-                           {"StateText": STATE_TEXTS[State.NO_DATA], "Quality": quality})
+            run.back.offer(run.config.name, 0, fast, slow)
 
+    def _detector_failed(self, runs: Sequence[MonitorRun], error: Exception) -> None:
+        """A row could not be worked on: what the nodes say of the one before is not true any more."""
+        self.counters["detector_errors"] += 1
+        for run in runs:
+            if run.state != State.FAULT:
+                log.error("monitor %s: the detector failed: %r", run.config.name, error)
+            self._no_verdict(run, State.FAULT, f"Bad: the detector failed ({type(error).__name__})")
 
-def known(residual: float) -> float:
-    """Return a residual, or -1 where there is none: many PLCs and HMIs take NaN badly."""
-    return NO_SCORE if math.isnan(residual) else residual
+    def _tick(self) -> None:
+        """Look at the time, whatever rows do."""
+        assert self._loop is not None
+        now = self._loop.time()
+        late = now - self._tick_due
+        if late >= BLOCKED_S:
+            self.counters["loop_blocked"] += 1
+            log.warning("our own event loop stood still for %.1f s: rows of that time are late", late)
+            for run in self.runs.values():
+                run.stepped_s += late  # the rows were there, we were not
+        self.connections.step()
+        for keeper in self.keepers.values():
+            keeper.look()
+        for run in self.runs.values():
+            limit = self._fail_after.get(run.config.name, FAIL_AFTER_S)
+            if run.state not in (State.NO_DATA, State.FAULT) and time.monotonic() - run.stepped_s >= limit:
+                self.counters["silences"] += 1
+                log.warning("monitor %s: no row for %.1f s", run.config.name, limit)
+                self._no_data(run, f"Bad: no row for {limit:g} s")
+        self._tick_due = self._loop.time() + TICK_S
+        self._tick_timer = self._loop.call_later(TICK_S, self._tick)
 
-
-def state_of(verdict: Verdict) -> int:
-    """Return the `State` that a verdict means."""
-    if verdict.status == BAD_DATA_UNAVAILABLE:
-        return State.STATE_NOT_LEARNT
-    if math.isnan(verdict.score):
-        return State.WARMING_UP
-    return State.ALERT if verdict.alert else State.NORMAL
+    def _end_interrupted(self, monitor: str) -> None:
+        """End alerts that stood when their process was killed: what still stands is raised anew, as the next one."""
+        assert self.store is not None
+        for event in self.store.events(monitor):
+            if event.cleared_ns is not None or event.run_id == self.store.run_id:
+                continue
+            trend = self.store.trend(monitor, run_id=event.run_id)
+            seen = int(trend.source_ns[-1]) if len(trend) else event.raised_ns
+            log.warning("monitor %s: alert %d stood when its process ended", monitor, event.event_no)
+            self.store.record_event(replace(event, cleared_ns=max(seen, event.raised_ns)))
 
 
 async def check_nodes(config: Config, sessions: Mapping[str, Session], groups: Sequence[str],
@@ -458,12 +602,6 @@ def config_hash(file: Path) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
         return ""
-
-
-def iso(source_ns: int) -> str:
-    """Return a SourceTimestamp as ISO 8601 text, UTC, microseconds."""
-    text = datetime.fromtimestamp(source_ns // 1000 / 1e6, UTC).isoformat(timespec="microseconds")
-    return text.replace("+00:00", "Z")
 
 
 def _warm(engine: Engine, n_tags: int) -> None:

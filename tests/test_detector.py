@@ -64,6 +64,12 @@ def test_a_fault_is_scored_above_the_limit_told_and_blamed():
     assert model().explain(x, -1).source_ns == (len(x) - 1) * 10**9
 
 
+def test_intervals_that_touch_are_runs_of_their_own():
+    x = rows()
+    assert opcua_detector.fit(x, TAGS, 1.0, intervals=[(0, 1000), (1000, N)]).report.gaps == 1
+    assert opcua_detector.fit(x, TAGS, 1.0, intervals=[(0, N)]).report.gaps == 0
+
+
 def test_disjoint_intervals_are_learnt_without_what_lies_between():
     x = rows()[:N].copy()
     x[1000:1200] = 1e4

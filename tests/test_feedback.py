@@ -420,6 +420,7 @@ def test_a_new_monitor_takes_over_between_two_rows_with_its_windows_and_the_stan
     assert_allclose(scores[start + 200:], ideal[start + 200:], rtol=1e-9)
 
 
+@np.errstate(invalid="ignore")
 def reference(values, valid, gap, signed, residual, groups, middle, inverse, low, high):
     """What the kernel does, row by row and ball by ball."""
     z = np.where(valid != 0, (values - middle) * inverse, np.nan)

@@ -211,6 +211,30 @@ async def test_what_the_hmi_may_not_write_is_told_and_audited_and_changes_nothin
         assert [e.label for e in store.feedback("lorenz")] == ["unsure"]
 
 
+async def test_junk_written_without_pause_costs_no_row(file: Path, plant: RunningPlant) -> None:
+    await put(plant.endpoint, Feedback="", FeedbackBy="")
+    junk = ("x" * 1_000_000, "\x00\x1b[31mtrue", "'; DROP TABLE feedback; --", "missed 99999", "true" * 50)
+    async with running(file) as service, Client(plant.endpoint) as hmi:
+        run, feed = service.runs["lorenz"], service.feeds["lorenz"]
+        before, scored = run.monitor.model.model_id, run.scored
+        index = await hmi.get_namespace_index("urn:opcua-detector:results")
+        nodes = [hmi.get_node(f"ns={index};s=lorenz.{name}") for name in ("Feedback", "FeedbackBy")]
+        written = 0
+        while service.feedback is not None and service.feedback.refused < 3:
+            for node in nodes:
+                value = ua.Variant(junk[written % len(junk)], ua.VariantType.String)
+                await node.write_attribute(ua.AttributeIds.Value, ua.DataValue(value))
+            written += 1
+        assert written > 3, "far more was written than was looked at"
+        await until(lambda: run.scored > scored + 50, "scores")
+        assert feed.frame_errors == 0 and feed.counters()["lost"] == 0
+        assert run.monitor.model.model_id == before and service.feedback.answers == []
+    await put(plant.endpoint, Feedback="", FeedbackBy="")
+    with Store.open(load(file).store.path, readonly=True) as store:
+        assert store.feedback("lorenz") == []
+        assert all(len(e.detail["text"]) <= 200 for e in store.audit("feedback not taken"))
+
+
 async def test_a_dry_run_reads_no_feedback_from_nodes(file: Path, plant: RunningPlant) -> None:
     async with running(file, write=False) as service:
         await put(plant.endpoint, Feedback="true")

@@ -30,6 +30,14 @@ OVERFLOW = 0x480
 DISPOSED = ("used", "late", "duplicate", "replaced", "skipped")
 
 
+@dataclass(frozen=True, slots=True)
+class Strict(Tag):
+    """A tag that says what an Uncertain sample does and how old a value may get."""
+
+    uncertain: str = "use"
+    stale_after_ns: int | None = None
+
+
 # --- slow twin ---
 
 
@@ -94,6 +102,12 @@ class Twin:
             self.take(sample)
         self.kept = []
 
+    @staticmethod
+    def policy(tag: Tag, status: int) -> str:
+        if status & BAD:
+            return tag.quality
+        return str(getattr(tag, "uncertain", "use")) if status & UNCERTAIN else "use"
+
     def due(self, j: int) -> bool:
         cell = self.cells[j]
         return cell.newest < self.row and cell.step <= self.row - cell.newest <= self.max_hold
@@ -120,17 +134,19 @@ class Twin:
         for tag, cell in zip(self.tags, self.cells, strict=True):
             value, ok = math.nan, 0
             if cell.sample is not None:
-                bad = bool(cell.sample[2] & BAD)
+                what = self.policy(tag, cell.sample[2])
                 finite = math.isfinite(cell.sample[1])
-                if tag.quality == "stop" and (bad or not finite):
+                if what == "stop" or (tag.quality == "stop" and not finite):
                     self.gap = True
                     return
-                if bad:
-                    if tag.quality == "hold" and cell.good and k - cell.good[0] <= self.max_hold:
+                own = getattr(tag, "stale_after_ns", None)
+                held = self.max_hold if own is None else own // self.period
+                if what != "use":
+                    if what == "hold" and cell.good and k - cell.good[0] <= held:
                         value, ok = cell.good[1], 1
                 elif finite:
                     value = cell.sample[1]
-                    ok = int(not tag.judged or k - cell.slot <= self.max_hold)
+                    ok = int((own is None and not tag.judged) or k - cell.slot <= held)
             values.append(value)
             valid.append(ok)
         self.rows.append((self.anchor + k * self.period, self.gap, values, valid))
@@ -139,7 +155,7 @@ class Twin:
     def set_current(self, j: int, slot: int, sample: tuple[int, float, int]) -> None:
         cell = self.cells[j]
         cell.sample, cell.slot = sample, slot
-        if not sample[2] & BAD and math.isfinite(sample[1]):
+        if self.policy(self.tags[j], sample[2]) == "use" and math.isfinite(sample[1]):
             cell.good = (slot, sample[1])
 
     def take(self, sample: tuple[int, int, float, int]) -> None:
@@ -237,10 +253,12 @@ MEASURED = [Tag("a"), Tag("b")]
 
 tags_strategy = st.lists(
     st.builds(
-        Tag,
+        Strict,
         name=st.just("t"),
         kind=st.sampled_from([TagKind.MEASURED, TagKind.SETPOINT, TagKind.COUNTER]),
         quality=st.sampled_from(["hold", "mask", "stop"]),
+        uncertain=st.sampled_from(["use", "use", "hold", "mask", "stop"]),
+        stale_after_ns=st.sampled_from([None, None, 0, P, 5 * P // 2, 100 * P]),
     ),
     min_size=1,
     max_size=4,
@@ -547,6 +565,31 @@ def test_uncertain_is_used_and_counted_and_nan_is_masked_and_counted() -> None:
     counts = builder.counters()
     assert counts["uncertain"] == 10 and counts["non_finite"] == 10 and counts["masked"] == 10
     assert all(np.isnan(np.frombuffer(row[2])[1]) for row in rows)
+
+
+@pytest.mark.parametrize(("uncertain", "valid", "value"), [
+    ("use", 1, 2.0), ("hold", 1, 1.0), ("mask", 0, math.nan),
+])
+def test_an_uncertain_sample_is_used_held_over_or_masked_by_policy(uncertain: str, valid: int, value: float) -> None:
+    tags = [Strict("a", uncertain=uncertain), Tag("b")]
+    builder = FrameBuilder(tags, P, P, 20)
+    samples = [(j, T0 + k * P, 1.0 + (j == 0 and k == 9), UNCERTAIN if (j, k) == (0, 9) else GOOD)
+               for k in range(12) for j in (0, 1)]
+    builder.push(*arrays(samples))
+    rows = [(frame.values[0], frame.valid[0], frame.status[0]) for frame in builder.closed()]
+    assert rows[9][1] == valid and (rows[9][0] == value or math.isnan(value))
+    assert builder.counters()["uncertain"] == 1 and rows[8][1] == rows[10][1] == 1
+
+
+def test_a_tag_with_an_age_limit_of_its_own_is_stale_after_it_whatever_its_kind() -> None:
+    tags = [Strict("short", stale_after_ns=3 * P), Strict("long", stale_after_ns=15 * P),
+            Strict("set-point", kind=TagKind.SETPOINT, stale_after_ns=6 * P), Tag("moves")]
+    builder = FrameBuilder(tags, P, P, 10)
+    samples = [(j, T0 + k * P, 1.0, GOOD) for k in range(40) for j in range(4) if j == 3 or k < 10]
+    builder.push(*arrays(samples))
+    valid = np.array([frame.valid.copy() for frame in builder.closed()])
+    assert [int(np.flatnonzero(valid[:, j] == 0)[0]) for j in range(3)] == [9 + 4, 9 + 16, 9 + 7]
+    assert valid[:, 3].all()
 
 
 def test_the_overflow_bit_is_counted_and_the_value_used() -> None:

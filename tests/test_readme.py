@@ -62,7 +62,7 @@ def test_bash_blocks_hold_commands_of_the_project_alone_and_most_of_its_commands
     for command in every:
         assert command.startswith(RUNNABLE), f"a bash block of the README holds: {command}"
     shown = {shlex.split(command)[1] for command in every if command.startswith("opcua-detector ")}
-    known = {function.__name__ for function, _ in COMMANDS} | {"feedback", "support-bundle"}  # groups of commands, and a name with a dash
+    known = {function.__name__ for function, _ in COMMANDS} | {"feedback", "support-bundle"}  # no plain command
     assert shown <= known
     assert known - shown <= {"sim"}
 

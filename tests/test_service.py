@@ -8,37 +8,25 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from asyncua import Client, ua
-from running import PLANT, RESULTS, content, result_nodes, until, write
+from running import PLANT, RESULTS, result_nodes, until, write
+from serving import SEED, configuration, fit_models, healthy, nodes_say, running, scoring, stored
 
-from opcua_detector.api import Record
-from opcua_detector.app import fit_config, group_tags
+from opcua_detector.app import fit_config
 from opcua_detector.client import LinkState
 from opcua_detector.client.observer import Observer
-from opcua_detector.config import GroupConfig, load
+from opcua_detector.config import load
 from opcua_detector.nodes import NO_SCORE, SIGNALS, State
 from opcua_detector.service import MonitorRun, Service
-from opcua_detector.store import Store
-from sim_server.processes import make
 from sim_server.testing import RunningPlant, running_plant
 
-METHODS = ["transition", {"name": "onnx", "model": "bundled:lorenz"}]
-SEED = 0
 FAULT, FACTOR = f"{PLANT}lorenz.faults.rho", 1.5
-
-
-def healthy(group: GroupConfig) -> Record:
-    """Rows of the simulated plant of SEED: those that it sends live, so that none of them is news."""
-    every = group.period // 10_000_000
-    rows = make("lorenz", seed=SEED).simulate(60_000)[::every]
-    return Record.from_rows(rows, group_tags(group), group.period)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +36,9 @@ def plant() -> Iterator[RunningPlant]:
         yield running
 
 
-def configuration(endpoint: str, **changes: Any) -> dict[str, Any]:
-    """The Lorenz monitor with both methods."""
-    given = content(endpoint, **changes)
-    given["monitors"][0]["methods"] = METHODS
-    del given["monitors"][0]["windows"]
-    return given
-
-
 @pytest.fixture(scope="module")
 def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("service-models")
-    file = write(folder, configuration("opc.tcp://127.0.0.1:1/"))
-    for fitted in fit_config(load(file), file, healthy):
-        fitted.model.save(fitted.path)
-    return folder / "models"
+    return fit_models(tmp_path_factory.mktemp("service-models"))
 
 
 @pytest.fixture
@@ -70,29 +46,6 @@ def folder(_models: Path, tmp_path: Path) -> Path:
     """A folder with the fitted model."""
     shutil.copytree(_models, tmp_path / "models")
     return tmp_path
-
-
-@asynccontextmanager
-async def running(file: Path, **options: Any) -> AsyncIterator[Service]:
-    """A started service, stopped at the end."""
-    service = Service(load(file), file, **options)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
-
-
-async def scoring(run: MonitorRun, more: int = 100) -> None:
-    """Wait until a monitor judges rows and finds them normal."""
-    target = run.scored + more
-    await until(lambda: run.scored >= target and run.state == State.NORMAL,
-                f"{more} more scores of {run.config.name}, which is in state {run.state}")
-
-
-def stored(file: Path) -> Store:
-    """The store of a configuration, to look at."""
-    return Store.open(load(file).store.path, readonly=True)
 
 
 # --- outages ---
@@ -120,18 +73,13 @@ async def test_a_killed_and_restarted_server_is_a_gap_then_scores_again_and_no_a
                             "the nodes to say that all is well again")
             assert run.alerts == [] and run.monitor.verdict.event_no == 0
         with stored(file) as store:
-            assert store.events() == []
-            (recording,) = store.recordings()
+            (alarm,) = store.events()  # of the connection, and none of the monitor
+            assert alarm.monitor == "connection plant" and alarm.cleared_ns is not None
+            recording = next(one for one in store.recordings() if not one.note)
             record = store.read_recording(recording.name)
         assert record.gap.sum() == 2  # its first row, and the first one after the outage
         outage = int(np.flatnonzero(record.gap)[1])
         assert record.source_ns[outage] - record.source_ns[outage - 1] > 100 * record.period_ns
-
-
-async def nodes_say(observer: Observer, base: str = f"{RESULTS}lorenz", **expected: Any) -> bool:
-    """Whether result nodes have these values."""
-    got = await observer.read({signal: f"{base}.{signal}" for signal in expected})
-    return got == expected
 
 
 async def test_of_two_servers_either_may_die_and_the_other_one_tells_or_catches_up(folder: Path) -> None:

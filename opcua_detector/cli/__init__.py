@@ -1,7 +1,7 @@
 """The command line `opcua-detector`: one file per group of commands, shared manners in `terminal`.
 
-Exit codes: 0 done; 1 unexpected failure; 2 configuration or usage; 3 record of rows; 4 model or plugin;
-5 store; 6 server or access; 7 node; 8 simulator; 9 a check, doctor or demonstration found something wrong;
+Exit codes: 0 done; 1 unexpected failure, or feedback refused; 2 configuration or usage; 3 record of rows; 4 model or
+plugin; 5 store; 6 server or access; 7 node; 8 simulator; 9 a check, doctor or demonstration found something wrong;
 130 interrupted.
 """
 
@@ -25,7 +25,7 @@ TRACEBACK = "OPCUA_DETECTOR_TRACEBACK"  # set to 1: an unexpected failure shows 
 EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    unexpected failure
+  1    unexpected failure, or feedback refused
   2    configuration or usage
   3    record of rows: too short, not increasing in time, nothing to judge
   4    model or plugin

@@ -150,7 +150,7 @@ def _show_fit(fitted: Fitted) -> None:
     report, model = fitted.report, fitted.model
     err.print(f"[bold]{report.monitor}[/]: {report.rows} rows, {report.seconds:.0f} s, {report.gaps} gaps "
               f"({clock(report.span_ns[0])} to {clock(report.span_ns[1])})")
-    err.print(f"  judged: {', '.join(t.name for t in model.tags if t.judged)}")
+    err.print(f"  judged: {', '.join(t.name for t in model.tags if t.judged and t.name not in report.excluded)}")
     inputs = ", ".join(f"{t.name} ({t.kind.value})" for t in model.tags if not t.judged)
     if inputs:
         err.print(f"  inputs, not judged: {inputs}", markup=False)

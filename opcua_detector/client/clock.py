@@ -123,6 +123,7 @@ class ClockWatch:
                 found = None  # the probe of the session finds out whether the connection lives
             if found is not None:
                 self.measured = found
+                self.session.clock_offset_s = found.offset_s
                 self._tell(found)
             await asyncio.sleep(self._every_s)
 

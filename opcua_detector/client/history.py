@@ -187,7 +187,9 @@ async def read_samples(
     values = PAGE_VALUES
     try:
         while open_ones := [one for one in cursors if not one.done][: session.limit("history")]:
-            page = max(min(values, _LEAST_PAGE), values // len(open_ones))
+            # By all of them and not by those that are left: a continuation must repeat the request that it continues.
+            share = values // min(len(cursors), session.limit("history"))
+            page = max(min(values, _LEAST_PAGE), share)
             try:
                 await _read_page(session, open_ones, end_ns, page)
             except ConnectionProblem as problem:

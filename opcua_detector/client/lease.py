@@ -77,6 +77,8 @@ class Lease:
     _claimed_s: float = math.inf
     _count: int = 0
     _had: bool = False
+    _met: bool = False  # another instance was seen
+    _asked_s: float = -math.inf
 
     def holds(self, now_s: float) -> bool:
         """Whether this instance may write now."""
@@ -87,26 +89,29 @@ class Lease:
 
         asked_s : when the read was sent: the text is at least as new
         """
-        if text != self._text:
+        # Who was not looking all the time cannot say that the holder had a chance to change the text.
+        looked_away = asked_s - self._asked_s > self.period_s / 2
+        if text != self._text or looked_away:
             self._text, self._changed_s = text, now_s
+        self._asked_s = now_s
         found = _TEXT.fullmatch(text)
         mine = found is not None and found["life"] == self.life
         taken = found is not None and not mine and found["word"] != "released"
         self.other = found["name"] if found is not None and taken else ""
         if self.role is Role.HOLDER:
-            if not taken and asked_s < self._until_s:
+            if not taken and (asked_s < self._until_s or self._until_s == -math.inf):
                 return self._say("holds")  # an emptied node, as after a restart of the server, is written again
             self.role = Role.STANDBY
         elif self.role is Role.CLAIMING:
             if mine and asked_s - self._claimed_s >= SETTLE_SHARE * self.period_s:
-                self.role, self._had = Role.HOLDER, True
-                self._until_s = self._claimed_s + HOLD_SHARE * self.period_s
+                self.role, self._had = Role.HOLDER, True  # and may write once this is acknowledged
+                self._until_s = -math.inf
                 return self._say("holds")
             if mine:
                 return None
             self.role = Role.STANDBY
         if taken:
-            self._had = False
+            self._had, self._met = False, True
         if asked_s - self._changed_s < self._patience_s(found):
             return None
         if found is not None:
@@ -114,10 +119,10 @@ class Lease:
         self.role, self._claimed_s = Role.CLAIMING, math.inf
         return self._say("claims")
 
-    def written(self, sent_s: float) -> None:
-        """Take that the server has acknowledged what was sent then."""
+    def written(self, sent_s: float, now_s: float) -> None:
+        """Take that the server has acknowledged now what was sent then."""
         if self.role is Role.CLAIMING:
-            self._claimed_s = sent_s
+            self._claimed_s = now_s
         elif self.role is Role.HOLDER:
             self._until_s = max(self._until_s, sent_s + HOLD_SHARE * self.period_s)
 
@@ -138,18 +143,14 @@ class Lease:
     def _patience_s(self, found: re.Match[str] | None) -> float:
         """How long a text must stand before this instance claims.
 
-        At once: its own text (the lease ran out), or an empty node that it had before or that nobody was seen to
-        have. Half a period: an earlier life of itself. A period: everybody else.
+        At once: its own text (the lease ran out), one that was released, or an empty node, unless another instance
+        had it: that one is let go first. Half a period: an earlier life of itself. A period: everybody else.
         """
-        if found is None or found["word"] == "released":
-            return 0.0 if self._had or self._text_is_first() else self.period_s / 2
-        if found["life"] == self.life:
+        if found is None:
+            return self.period_s / 2 if self._met and not self._had else 0.0
+        if found["word"] == "released" or found["life"] == self.life:
             return 0.0
         return self.period_s / 2 if found["name"] == self.name else self.period_s
-
-    def _text_is_first(self) -> bool:
-        """Whether no other instance was ever seen: then nobody else is waiting for an empty node."""
-        return self._count == 0 and not self._had
 
 
 def instance_name(store: Path, given: str = "") -> str:
@@ -255,22 +256,23 @@ class LeaseKeeper:
     async def _keep(self, client: Client) -> None:
         every_s = self.period_s / RENEWALS
         due = self.clock_s() + every_s
-        while self.session.state in (LinkState.CONNECTED, LinkState.CONNECTING):
+        while True:
             await asyncio.sleep(max(0.0, due - self.clock_s()))
             due = max(due + every_s, self.clock_s())
             try:
+                if self.session.client is not client:
+                    return
                 await self._turn()
             except (DetectorError, TimeoutError, OSError, ua.UaError) as error:
+                # The session finds out whether the connection lives.
                 log.debug("%s: the leases could not be kept: %s", self.session.where, error)
-                self._tell()  # the session finds out whether the connection lives
-            if client is not self.session.client:
-                return
+                self.look()
 
     async def _turn(self) -> None:
         """Read all leases, and write those that ask for it."""
         refs = {monitor: at.ref for monitor, at in self._at.items() if at.ref is not None}
         if not refs:
-            self._tell()
+            self.look()
             return
         asked_s = self.clock_s()
         values = await within(
@@ -286,10 +288,10 @@ class LeaseKeeper:
             said = self.leases[monitor].read(text or "", asked_s, now_s)
             if said is not None:
                 wanted[monitor] = said
-        self._tell()
+        self.look()
         if wanted:
             await self._write(wanted)
-            self._tell()
+            self.look()
 
     async def _write(self, texts: Mapping[str, str]) -> None:
         request = ua.WriteRequest()
@@ -301,14 +303,20 @@ class LeaseKeeper:
             item.Value = ua.DataValue(ua.Variant(text, ua.VariantType.String), None)
             request.Parameters.NodesToWrite.append(item)
         sent_s = self.clock_s()
-        answer = await within(wire.send(self.session.client, request, self.period_s), self.period_s)
-        for (monitor, _, _), code in zip(chosen, wire.write_results(answer), strict=True):
+        try:
+            answer = await within(wire.send(self.session.client, request, self.period_s), self.period_s)
+            codes = wire.write_results(answer)
+        except BaseException:
+            for monitor, _, _ in chosen:
+                self.leases[monitor].refused()
+            raise
+        for (monitor, _, _), code in zip(chosen, codes, strict=True):
             if code & 0x80000000:
                 self.counters["refused"] += 1
                 self.leases[monitor].refused()
                 self._reason(monitor, wire.status_name(code))
             else:
-                self.leases[monitor].written(sent_s)
+                self.leases[monitor].written(sent_s, self.clock_s())
                 self._reason(monitor, "")
 
     def _reason(self, monitor: str, reason: str) -> None:
@@ -318,8 +326,8 @@ class LeaseKeeper:
                       self.nodes[monitor], reason)
         at.reason = reason
 
-    def _tell(self) -> None:
-        """Tell roles that changed."""
+    def look(self) -> None:
+        """Tell roles that have changed, by the passing of time too."""
         for monitor, lease in self.leases.items():
             now = (self.role(monitor), lease.other)
             before = self._told.get(monitor)

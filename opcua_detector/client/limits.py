@@ -66,6 +66,8 @@ class Profile:
     sampling_ms : the sampling intervals that it has, ascending; empty: any
     filters : whether it takes a DataChangeFilter; without one its own trigger (status and value) is what there is
     items : monitored items that one subscription holds; 0: not known
+    tells_sampling : whether the revised sampling interval is one; asyncua states the publishing interval there, and
+        samples with each change
     """
 
     name: str
@@ -74,6 +76,7 @@ class Profile:
     sampling_ms: tuple[float, ...] = ()
     filters: bool = True
     items: int = 0
+    tells_sampling: bool = True
 
     def sampling(self, asked_ms: float) -> float:
         """Return the interval to ask for: the longest of the make that is not above what is wanted, else its shortest.
@@ -96,7 +99,7 @@ PROFILES = (
     Profile("CODESYS", r"codesys|3s-smart|3s - smart", 100),
     Profile("open62541", r"open62541", 500),
     Profile("node-opcua", r"node-?opcua|second vendor|sterfive", 500),
-    Profile("asyncua", r"freeopcua|opcua-asyncio|asyncua", 1000),
+    Profile("asyncua", r"freeopcua|opcua-asyncio|asyncua", 1000, tells_sampling=False),
 )
 
 

@@ -271,7 +271,7 @@ class Session:
                 where=self.where,
                 next_step="check endpoint, host and port, and that the server runs",
             )
-        if name == "BadTooManySessions":
+        if name in ("BadTooManySessions", "BadMaxConnectionsReached"):
             return ConnectionProblem(
                 f"{what}: the server has no room for one more session ({name})",
                 where=self.where,
@@ -399,7 +399,7 @@ class Session:
         try:
             self.namespaces = await self.call(client.get_namespace_array(), "read the NamespaceArray")
             await self.call(self.limits.read(client), "read the OperationLimits")
-            self.pump = PublishPump(client, partial(self.fail, of=client))
+            self.pump = PublishPump(client, partial(self.fail, of=client), timeout_s=self.timeout_s)
             for part in tuple(self._parts):
                 await part.link_up()
             if self._client is not client:

@@ -332,7 +332,9 @@ class Subscription:
             await self._poll_items(slow, f"the server samples no faster than every {worst:g} ms")
 
     def _samples_too_slowly(self, item: Item) -> bool:
-        return self._period_ns is not None and item.revised_sampling_ms > self._period_ns / 1e6 * _ROUNDING
+        if self._period_ns is None or not self.session.limits.profile.tells_sampling:
+            return False
+        return item.revised_sampling_ms > self._period_ns / 1e6 * _ROUNDING
 
     async def _delete_items(self, items: Sequence[Item]) -> None:
         """Delete monitored items at the server; what it thinks of them does not matter."""

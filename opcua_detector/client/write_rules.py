@@ -35,6 +35,9 @@ class WriteRules:
             nsu.startswith(one[:-1]) if one.endswith("*") else nsu == one for one in self.allow)
 
 
+NO_RULES = WriteRules()
+
+
 @dataclass(slots=True)
 class Budget:
     """How many values may be sent now: so many a second, at most those of one second at once.

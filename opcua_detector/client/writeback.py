@@ -28,12 +28,13 @@ from .casts import CastError, cast, same
 from .nodes import ACCEPTS, NodeRef, read_facts, resolve
 from .session import ENDING_S, LinkState, Session
 from .waiting import end_tasks, within
-from .write_rules import Budget, Pace, WriteRules
+from .write_rules import NO_RULES, Budget, Pace, WriteRules
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
 _RETRY_FIRST_S, _RETRY_LAST_S = 1.0, 30.0
+OUTSIDE = "is outside the allow-list"
 _NOT_CONNECTED, _NOT_THERE = "not connected", "the server does not have it"
 _SLOW_SHARE = 0.25  # of the values a second, so that texts get through beside scores
 _TOLD = 2  # outputs that a Quality text names
@@ -102,7 +103,7 @@ class WriteBack:
         *,
         optional: Mapping[tuple[str, str], str] | None = None,
         on_ack: OnAck | None = None,
-        rules: WriteRules = WriteRules(),
+        rules: WriteRules = NO_RULES,
         leases: Leases | None = None,
         clock_s: Callable[[], float] = time.monotonic,
         utc_ns: Callable[[], int] = time.time_ns,
@@ -164,6 +165,13 @@ class WriteBack:
         if slow:
             self._slow[monitor] = self._slow.get(monitor, {}) | dict(slow)
         self._send()
+
+    def tell(self, monitor: str, texts: Mapping[str, Any]) -> None:
+        """Give texts of a monitor that belong to no row; never waits."""
+        self._newest_slow.setdefault(monitor, {}).update(texts)
+        if not self._stopping and self.may_write(monitor):
+            self._slow[monitor] = self._slow.get(monitor, {}) | dict(texts)
+            self._send()
 
     def may_write(self, monitor: str) -> bool:
         """Whether this instance writes the outputs of a monitor now; another one does where it does not."""
@@ -272,7 +280,7 @@ class WriteBack:
                 self._fails(output, _NOT_THERE if output.optional else ref.what)
             elif not self.rules.allows(ref.nsu):
                 self.counters["refused"] += 1
-                self._fails(output, f"{ref.nsu} is outside the allow-list")
+                self._fails(output, f"{ref.nsu} {OUTSIDE}")
             else:
                 known.append((output, ref))
         facts = await read_facts(self.session, [ref for _, ref in known])
@@ -532,6 +540,8 @@ class WriteBack:
             await self._prepare(outputs)
         except Exception as error:
             self.session.fail(f"outputs cannot be looked up: {error}", client)
+            return
+        self._send()
 
 
 def _short(value: Any) -> str:

@@ -3,10 +3,11 @@ tightens a limit. The model is immutable; every function gives a new one, and no
 
     policy       what is said, how far it may go, what became of it
     give         the way in: `give_feedback`
-    false_alarm  what is off, what is refused, the delta that excuses it;  situation: where;  ranges: how far
+    false_alarm  the delta that excuses a situation: evidence (what was off), situation (where, in what direction and by
+                 how much), refusals and ranges (how far it may go), words;  of_parts: the same for monitors of parts
     missed       a limit is lowered within the alarm budget
     deltas       assemble, confirm, undo, expire;  fold: bounded size
-    bench        stored rows judged again; the forecast
+    bench        stored rows judged again, as the running monitor sees them; the forecast
     desk         entries of the store -> model file and audit;  live, recent, hmi: in a running service
 
 This front room holds what needs neither store nor client; `desk` and `live` are imported by their own names.

@@ -130,4 +130,4 @@ def about_of(feedback: Feedback, policy: Policy) -> dict[str, Any]:
     }
     if policy.mode == "paper":
         return dict(about)
-    return {**about, "expires_ns": int(feedback.at_ns + policy.expires_days * DAY_NS)}
+    return {**about, "expires_ns": int(feedback.at_ns) + round(policy.expires_days * DAY_NS)}

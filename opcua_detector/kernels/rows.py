@@ -53,11 +53,13 @@ PHASE_BOOT, PHASE_RUN = 0, 1
     STEP_MIN,
     STEP_MAX,
     STEP_COUNT,
-    JUDGED,
+    STALE,
+    HOLD,
     POLICY,
-) = range(15)
-N_TAG_INTS = 15
-POLICY_HOLD, POLICY_MASK, POLICY_STOP = 0, 1, 2
+    UNCERTAIN,
+) = range(17)
+N_TAG_INTS = 17
+POLICY_HOLD, POLICY_MASK, POLICY_STOP, POLICY_USE = 0, 1, 2, 3
 
 # counters, uint64[N_COUNTERS]
 COUNTERS = (
@@ -105,6 +107,7 @@ N_COUNTERS = 18
 DONE, FULL, UNSORTED = 0, 1, 2
 
 FAR_PAST = -(2**62)
+FOR_EVER = 2**62  # rows
 STEP_WINDOW = 8  # intervals over which it is learnt whether a tag reports evenly, and how often
 # Status words (Part 4, 7.39; Part 8, 6.3): what a cell says when it is not a fresh sample.
 WAITING = 0x80320000  # BadWaitingForInitialData: never received
@@ -138,6 +141,16 @@ def _count_missing(st, tags, n):
 
 
 @numba.njit(inline="always")
+def _policy(tags, j, status):
+    """What the severity of a status word (Part 4, 7.39) does to the value of a tag."""
+    if (status & 0x80000000) != 0:
+        return tags[POLICY, j]
+    if (status & 0x40000000) != 0:
+        return tags[UNCERTAIN, j]
+    return POLICY_USE
+
+
+@numba.njit(inline="always")
 def _set_current(tags, tag_values, counts, j, stamp, slot, value, status):
     """Make a sample the value of the tag from now on; one that no row has used is replaced."""
     if tags[KNOWN, j] == 1 and tags[USED, j] == 0:
@@ -148,7 +161,7 @@ def _set_current(tags, tag_values, counts, j, stamp, slot, value, status):
     tags[KNOWN, j] = 1
     tags[USED, j] = 0
     tag_values[0, j] = value
-    if (status & 0x80000000) == 0 and np.isfinite(value):
+    if _policy(tags, j, status) == POLICY_USE and np.isfinite(value):
         tags[GOOD_SLOT, j] = slot
         tags[HAS_GOOD, j] = 1
         tag_values[1, j] = value
@@ -165,10 +178,9 @@ def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_val
         if ring[0, at, j] != FAR_PAST:
             _set_current(tags, tag_values, counts, j, ring[0, at, j], row, ring_values[at, j], ring[1, at, j])
             ring[0, at, j] = FAR_PAST
-        if (
-            tags[POLICY, j] == POLICY_STOP
-            and tags[KNOWN, j] == 1
-            and ((tags[STATUS, j] & 0x80000000) != 0 or not np.isfinite(tag_values[0, j]))
+        if tags[KNOWN, j] == 1 and (
+            _policy(tags, j, tags[STATUS, j]) == POLICY_STOP
+            or (tags[POLICY, j] == POLICY_STOP and not np.isfinite(tag_values[0, j]))
         ):
             stop = True
     st[ROW] = row + 1
@@ -190,11 +202,12 @@ def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_val
                 tags[USED, j] = 1
                 counts[C_USED] += np.uint64(1)
             status = tags[STATUS, j]
-            if (status & 0x80000000) != 0:
+            policy = _policy(tags, j, status)
+            if policy != POLICY_USE:
                 if (
-                    tags[POLICY, j] == POLICY_HOLD
+                    policy == POLICY_HOLD
                     and tags[HAS_GOOD, j] == 1
-                    and (row - tags[GOOD_SLOT, j] <= st[MAX_HOLD])
+                    and row - tags[GOOD_SLOT, j] <= tags[HOLD, j]
                 ):
                     value = tag_values[1, j]
                     valid = 1
@@ -205,7 +218,7 @@ def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_val
             elif not np.isfinite(tag_values[0, j]):
                 status = OUT_OF_RANGE
                 counts[C_MASKED] += np.uint64(1)
-            elif tags[JUDGED, j] == 1 and row - tags[SLOT, j] > st[MAX_HOLD]:
+            elif row - tags[SLOT, j] > tags[STALE, j]:
                 value = tag_values[0, j]
                 status = NO_COMMUNICATION
                 counts[C_STALE] += np.uint64(1)

@@ -109,7 +109,7 @@ class Plant {
     }
 
     publishLoad() {
-        const stamp = new Date(Date.now() + this.clockOffsetMs);
+        const stamp = new Date(this.startMs + (this.loadTurn * 1000) / settings.load.rate + this.clockOffsetMs);
         this.loadTurn++;
         for (const variable of this.load) {
             this.set(variable, { dataType: DataType.Double, value: this.loadTurn }, undefined, stamp);
@@ -181,6 +181,10 @@ function owners() {
     return sessions().filter((session) => session.currentSubscriptionCount > 0);
 }
 
+function tellNoLimit(node) {
+    node?.bindVariable({ get: () => new Variant({ dataType: DataType.UInt32, value: 0 }) }, true);
+}
+
 function findNode(name) {
     return plant.variables[name] ?? resultNodes.find((node) => node.nodeId.value === name);
 }
@@ -249,7 +253,10 @@ const commands = {
     max_sessions: ({ n }) => {
         server.engine.serverCapabilities.maxSessions = n;
     },
-    max_items: ({ n }) => {
+    max_items: ({ n, hidden }) => {
+        if (hidden) {
+            tellNoLimit(plant.space.rootFolder.objects.server.serverCapabilities.maxMonitoredItemsPerSubscription);
+        }
         server.engine.serverCapabilities.maxMonitoredItemsPerSubscription = n;
         for (const subscription of owners().flatMap((session) => session.publishEngine.subscriptions)) {
             subscription.serverCapabilities.maxMonitoredItemsPerSubscription = n;
@@ -270,8 +277,7 @@ const commands = {
         if (hidden) {
             const told = plant.space.rootFolder.objects.server.serverCapabilities.operationLimits;
             for (const name of Object.keys(limits)) {
-                const node = told[name];
-                node?.bindVariable({ get: () => new Variant({ dataType: DataType.UInt32, value: 0 }) }, true);
+                tellNoLimit(told[name]);
             }
         }
     },

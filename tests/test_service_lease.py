@@ -1,0 +1,164 @@
+"""Two services on the same outputs: one writes, the other one stands by and takes over when the first is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plant.proxy import ChaosProxy
+from running import RESULTS, until, write
+from serving import SEED, configuration, fit_models, nodes_say, running, scoring, stored
+
+from opcua_detector.client.lease import Role
+from opcua_detector.client.observer import Observer
+from opcua_detector.errors import ConfigError
+from opcua_detector.nodes import State
+from opcua_detector.service import Service, Writing
+from sim_server.testing import RunningPlant, running_plant
+
+LEASED = {"plant": Writing(lease_s=2.0)}
+
+
+@pytest.fixture(scope="module")
+def plant() -> Iterator[RunningPlant]:
+    """A plant that the tests here share."""
+    with running_plant("lorenz", history_rows=100, seed=SEED) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit_models(tmp_path_factory.mktemp("lease-models"))
+
+
+@pytest.fixture
+def two(_models: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders, as on two machines, each with the fitted model."""
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        shutil.copytree(_models, folder / "models")
+    return folders
+
+
+async def lease_text(observer: Observer) -> str:
+    """What the lease node says."""
+    return str((await observer.read({"Lease": f"{RESULTS}lorenz.Lease"}))["Lease"])
+
+
+def writes(service: Service) -> bool:
+    """Whether a service writes its outputs."""
+    return service.keepers["plant"].holds("lorenz")
+
+
+class Both:
+    """Watches that no two services write at the same time."""
+
+    def __init__(self, *services: Service) -> None:
+        self.services, self.times = services, 0
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            self.times += sum(writes(one) for one in self.services) > 1
+            await asyncio.sleep(0.005)
+
+    def stop(self) -> int:
+        """Return how often two were seen to write."""
+        self._task.cancel()
+        return self.times
+
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from opcua_detector.config import load
+from opcua_detector.service import Service, Writing
+
+async def main(file):
+    service = Service(load(file), file, writing={"plant": Writing(lease_s=2.0)})
+    await service.start()
+    while True:
+        print(int(service.keepers["plant"].holds("lorenz")), service.runs["lorenz"].scored, flush=True)
+        await asyncio.sleep(0.05)
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+async def test_the_second_service_takes_over_when_the_first_one_is_killed_and_it_comes_back_as_standby(
+    plant: RunningPlant, two: tuple[Path, Path],
+) -> None:
+    first, second = (write(folder, configuration(plant.endpoint)) for folder in two)
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(first)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    try:
+        while not (line := await asyncio.to_thread(child.stdout.readline)).startswith("1"):
+            assert line, "the child ended"
+        async with Observer(plant.endpoint) as observer:
+            holder = (await lease_text(observer)).split()
+            async with running(second, writing=LEASED) as service:
+                run, back = service.runs["lorenz"], service.backs["plant"]
+                await scoring(run, 300)
+                assert not writes(service) and run.standby and run.state_text == "standby, normal"
+                assert back.counters["values"] == 0 and back.counters["withheld"] > 200
+                assert service.keepers["plant"].leases["lorenz"].other == holder[0]
+                assert (await lease_text(observer)).split()[1] == holder[1]
+                child.send_signal(signal.SIGKILL)
+                await until(lambda: writes(service), "the takeover")
+                await until(lambda: nodes_say(observer, State=State.NORMAL, Quality="Good", StateText="normal",
+                                              ModelId=run.monitor.model.model_id), "the nodes by the second one")
+                assert run.state_text == "normal" and not run.standby
+                name = service.keepers["plant"].name
+                # The one that was killed comes back: same name as before, and stands by.
+                async with running(first, writing=LEASED) as again:
+                    assert again.keepers["plant"].name == holder[0] != name
+                    await scoring(again.runs["lorenz"], 300)
+                    assert writes(service) and not writes(again)
+                    await again.stop()  # and says nothing when it goes
+                    assert await nodes_say(observer, StateText="normal")
+            assert await nodes_say(observer, StateText="stopped")  # the holder does
+            assert (await lease_text(observer)).endswith("released")
+    finally:
+        child.kill()
+        child.communicate()
+    with stored(second) as store:
+        roles = [entry.detail["role"] for entry in reversed(store.audit("lease"))]
+    assert roles[-1] == Role.HOLDER.value and roles.count(Role.HOLDER.value) == 1
+
+
+async def test_a_service_that_is_cut_off_stops_first_and_does_not_take_the_outputs_back(
+    plant: RunningPlant, two: tuple[Path, Path],
+) -> None:
+    async with ChaosProxy(plant.port) as proxy:
+        first, second = write(two[0], configuration(proxy.endpoint)), write(two[1], configuration(plant.endpoint))
+        async with running(first, writing=LEASED) as a:
+            await until(lambda: writes(a), "the first one to write")
+            async with running(second, writing=LEASED) as b, Observer(plant.endpoint) as observer:
+                both = Both(a, b)
+                await scoring(b.runs["lorenz"])
+                assert writes(a) and not writes(b)
+                proxy.blackhole()
+                await until(lambda: writes(b), "the takeover")
+                await until(lambda: nodes_say(observer, State=State.NORMAL, Quality="Good"), "the nodes")
+                proxy.heal()
+                await scoring(a.runs["lorenz"], 300)
+                await asyncio.sleep(3.0)  # longer than a lease
+                assert writes(b) and not writes(a) and both.stop() == 0
+                assert a.keepers["plant"].counters["lost"] == 1 and b.keepers["plant"].counters["lost"] == 0
+
+
+async def test_a_lease_needs_a_node_and_says_so(plant: RunningPlant, two: tuple[Path, Path]) -> None:
+    given: dict[str, Any] = configuration(plant.endpoint)
+    given["monitors"][0]["outputs"] = {"server": "plant", "nodes": {"Score": f"{RESULTS}lorenz.Score"}}
+    with pytest.raises(ConfigError, match="Lease"):
+        async with running(write(two[0], given), writing=LEASED):
+            raise AssertionError("it started")

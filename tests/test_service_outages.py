@@ -1,0 +1,240 @@
+"""A connection that is lost: one alarm whatever hangs on it, no alert, gaps filled from history, events told later."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from plant.proxy import ChaosProxy
+from running import PLANT, RESULTS, until, write
+from serving import SEED, configuration, fit_models, name_copies, nodes_say, running, scoring, stored
+
+from opcua_detector.alarms import ConnectionAlarm
+from opcua_detector.client import LinkState
+from opcua_detector.client import session as session_module
+from opcua_detector.client.observer import Observer
+from opcua_detector.nodes import NO_SCORE, State
+from opcua_detector.service import Service
+from sim_server.testing import RunningPlant, running_plant
+
+FAULT = f"{PLANT}lorenz.faults.rho"
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def plant() -> Iterator[RunningPlant]:
+    """A plant that the tests here share; its process runs on whatever becomes of connections."""
+    with running_plant("lorenz", history_rows=100, seed=SEED) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit_models(tmp_path_factory.mktemp("outage-models"))
+
+
+@pytest.fixture
+def folder(_models: Path, tmp_path: Path) -> Path:
+    """A folder with the fitted model."""
+    shutil.copytree(_models, tmp_path / "models")
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again within tenths of a second."""
+    monkeypatch.setattr(session_module, "LAST_DELAY_S", 0.5)
+
+
+def two_servers(tags: str, outputs: str) -> dict[str, Any]:
+    """Tags from one server, results to another one."""
+    given = configuration(tags)
+    given["servers"].append({"name": "hmi", "endpoint": outputs, "policy": "None", "insecure": True})
+    given["monitors"][0]["outputs"]["server"] = "hmi"
+    return given
+
+
+# --- the alarm ---
+
+
+def test_a_connection_that_comes_and_goes_is_one_alarm_until_it_has_stood_for_the_delay() -> None:
+    alarm = ConnectionAlarm(10, event_no=7)
+    assert not alarm.step(0)
+    assert alarm.lost(100) and alarm.active and alarm.event_no == 8 and alarm.raised_ns == 100
+    alarm.connected(110)
+    assert not alarm.step(115) and not alarm.lost(118)  # again, within the delay
+    assert not alarm.step(140)  # it is away: no delay has begun
+    alarm.connected(150)
+    alarm.connected(155)  # told twice
+    assert not alarm.step(159) and alarm.step(160) and not alarm.active and not alarm.step(161)
+    assert alarm.losses == 2
+    assert alarm.lost(200) and alarm.event_no == 9 and alarm.losses == 1
+    alarm.connected(300)
+    assert not alarm.step(250) and alarm.step(260)  # our own clock was set back: it counts from there
+
+
+async def test_fifty_monitors_on_one_connection_that_is_cut_are_one_alarm_and_recovery_is_no_alert(
+    plant: RunningPlant, folder: Path, caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = ["lorenz", *(f"unit-{k}" for k in range(1, 50))]
+    name_copies(folder / "models", *names[1:])
+    async with ChaosProxy(plant.port) as proxy:
+        given = two_servers(proxy.endpoint, plant.endpoint)
+        given["groups"][0]["period"] = "10 ms"
+        given["monitors"] += [{"name": name, "group": "lorenz", "methods": given["monitors"][0]["methods"]}
+                              for name in names[1:]]
+        file = write(folder, given)
+        async with running(file) as service, Observer(plant.endpoint) as observer:
+            for run in service.runs.values():
+                await scoring(run, 20)
+            caplog.clear()
+            proxy.refuse()
+            proxy.reset()
+            await until(lambda: service.sessions["plant"].state is LinkState.WAITING, "the loss to be noticed")
+            assert {run.state for run in service.runs.values()} == {State.NO_DATA}
+            assert {run.quality for run in service.runs.values()} == {"Bad: no connection to plant"}
+            await until(lambda: nodes_say(observer, State=State.NO_DATA, StateText="no data", Score=NO_SCORE,
+                                          SlowScore=NO_SCORE, Quality="Bad: no connection to plant"),
+                        "no data in the nodes")
+            assert service.connections.alarms["plant"].active and not service.connections.alarms["hmi"].active
+            proxy.heal()
+            for run in service.runs.values():
+                await scoring(run, 200)
+            await until(lambda: not service.connections.alarms["plant"].active, "the alarm to return to normal")
+            await until(lambda: nodes_say(observer, State=State.NORMAL, Quality="Good"), "all well in the nodes")
+            assert all(run.alerts == [] and run.monitor.verdict.event_no == 0 for run in service.runs.values())
+    raised = [one.getMessage() for one in caplog.records if "raised" in one.getMessage()]
+    assert len(raised) == 1 and "50 monitors have no data" in raised[0]
+    with stored(file) as store:
+        (alarm,) = store.events()
+    assert (alarm.monitor, alarm.event_no) == ("connection plant", 1)
+    assert alarm.cleared_ns is not None and alarm.cleared_ns > alarm.raised_ns and "50 monitors" in alarm.sentence
+
+
+async def test_the_alarm_of_a_service_that_ended_meanwhile_is_over_at_the_next_start_and_numbers_go_on(
+    plant: RunningPlant, folder: Path,
+) -> None:
+    async with ChaosProxy(plant.port) as proxy:
+        file = write(folder, configuration(proxy.endpoint))
+        for number in (1, 2):
+            async with running(file) as service:
+                await scoring(service.runs["lorenz"], 5)
+                proxy.refuse()
+                proxy.reset()
+                await until(lambda: service.connections.alarms["plant"].active, "the alarm")
+            proxy.heal()
+            with stored(file) as store:
+                events = store.events("connection plant")
+            assert [one.event_no for one in events] == list(range(number, 0, -1))
+            assert events[0].cleared_ns is None and all(one.cleared_ns for one in events[1:])
+
+
+# --- gaps ---
+
+
+async def test_a_gap_in_the_rows_is_filled_from_history_as_rows_that_nobody_scored(
+    plant: RunningPlant, folder: Path,
+) -> None:
+    async with ChaosProxy(plant.port) as proxy:
+        file = write(folder, configuration(proxy.endpoint))
+        async with running(file) as service:
+            run, filler = service.runs["lorenz"], service.fillers["lorenz"]
+            await scoring(run)
+            proxy.refuse()
+            proxy.reset()
+            await until(lambda: service.sessions["plant"].state is LinkState.WAITING, "the loss to be noticed")
+            await asyncio.sleep(1.5)
+            proxy.heal()
+            await scoring(run)
+            await until(lambda: filler.counters["gaps_filled"] == 1, f"the gap to be filled: {filler.counters}")
+            scored, steps = run.scored, service.steps
+            assert filler.counters["gaps_left"] == filler.counters["backfill_left_rows"] == 0
+            rows = filler.counters["backfilled_rows"]
+            await scoring(run, 20)
+            assert service.steps - steps == run.scored - scored  # each step is a live row
+        with stored(file) as store:
+            live = store.read_recording(next(one for one in store.recordings() if not one.note).name)
+            (filled,) = [one for one in store.recordings() if one.note.startswith("backfill")]
+            record = store.read_recording(filled.name)
+            trend = store.trend("lorenz")
+            (entry,) = store.audit("gap filled")
+            assert store.events("lorenz") == []
+    hole = int(np.flatnonzero(live.gap)[1])
+    before, after = int(live.source_ns[hole - 1]), int(live.source_ns[hole])
+    assert (record.source_ns > before).all() and (record.source_ns < after).all() and len(record) == rows
+    assert rows >= 0.9 * ((after - before) / live.period_ns - 1) >= 100
+    assert np.isfinite(record.values).all() and record.valid.all()
+    assert entry.detail["rows"] == rows and entry.detail["after"] == before
+    missing = (trend.source_ns > before + 10**9) & (trend.source_ns < after - 10**9)
+    assert trend.rows[missing].sum() == 0
+
+
+async def test_where_there_is_no_history_a_gap_stays_a_gap_and_says_why(folder: Path) -> None:
+    with running_plant("lorenz", history_rows=0, seed=SEED, config={"history_rows": 0}) as plant:
+        async with ChaosProxy(plant.port) as proxy:
+            file = write(folder, configuration(proxy.endpoint))
+            async with running(file) as service:
+                filler = service.fillers["lorenz"]
+                filler.most_ns = 0  # as `backfill: 0 s`
+                await scoring(service.runs["lorenz"])
+                proxy.reset()
+                await until(lambda: filler.counters["gaps_left"] == 1, "the gap to be counted")
+                assert filler.counters["backfilled_rows"] == 0
+            with stored(file) as store:
+                assert store.audit("gap left")[0].detail["why"] == "backfill is 0"
+                (recording,) = store.recordings()
+                assert store.read_recording(recording.name).gap.sum() == 2
+
+
+# --- events ---
+
+
+async def test_alerts_of_the_time_without_the_hmi_are_told_when_it_is_back_newest_value_first(
+    plant: RunningPlant, folder: Path,
+) -> None:
+    async with ChaosProxy(plant.port) as proxy:
+        file = write(folder, two_servers(plant.endpoint, proxy.endpoint))
+        async with running(file) as service, Observer(plant.endpoint) as observer:
+            run = service.runs["lorenz"]
+            await scoring(run)
+            await until(lambda: nodes_say(observer, State=State.NORMAL, EventNo=0), "the nodes")
+            proxy.refuse()
+            proxy.reset()
+            await until(lambda: service.sessions["hmi"].state is LinkState.WAITING, "the loss to be noticed")
+            await fault(service, observer)
+            last = run.monitor.verdict.event_no
+            assert last >= 1 and await nodes_say(observer, EventNo=0)
+            proxy.heal()
+            await until(lambda: nodes_say(observer, EventNo=run.monitor.verdict.event_no, State=State.NORMAL,
+                                          IsAnomaly=False, ExplanationText="", Severity=0, StateText="normal"),
+                        "what is true now")
+            (told,) = (await until(lambda: missed(observer), "what was missed")).values()
+            assert told.startswith(f"{last} alert") and f"no {last} from " in told and "x" in told.split(": ", 1)[1]
+            assert service.counters["events_dropped"] == 0
+    with stored(file) as store:
+        events = store.events("lorenz")
+        assert [one.event_no for one in events] == list(range(len(events), 0, -1)) and len(events) >= last
+        assert all(one.cleared_ns is not None and one.sentence for one in events)
+
+
+async def fault(service: Service, observer: Observer) -> None:
+    """A fault of the process that comes and goes."""
+    run = service.runs["lorenz"]
+    await observer.write_double(FAULT, 1.5)
+    try:
+        await until(lambda: run.explanation is not None and run.monitor.verdict.alert, "the alert")
+    finally:
+        await observer.write_double(FAULT, 1.0)
+    await until(lambda: not run.monitor.verdict.alert and run.state == State.NORMAL, "the alert to clear")
+    await scoring(run, 300)  # a plant that heals may alert again on its way back
+
+
+async def missed(observer: Observer) -> dict[str, Any] | None:
+    """What the node for missed alerts says, once it says something."""
+    got = await observer.read({"EventsAway": f"{RESULTS}lorenz.EventsAway"})
+    return got if got["EventsAway"] else None
