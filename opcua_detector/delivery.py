@@ -157,10 +157,12 @@ class MonitorRun:
 
     @property
     def _given_words(self) -> Mapping[str, Any]:
-        return getattr(self.config.outputs, "fail_values", {})
+        return self.config.outputs.fail_values if self.config.outputs else {}
 
 
-_FAST = frozenset({"Score", "SlowScore", "State", "IsAnomaly", "Severity"})
+_FAST = frozenset({  # what `MonitorRun.fast` gives: a node belongs to one request, so that the newest value wins
+    "Score", "SlowScore", "IsAnomaly", "Severity", "State", "EventNo", "RTrans", "RBound", "RConf", "Contributions",
+    "Residuals", "LastUpdate", "LastUpdateText", "LatencyMs"})
 
 
 def _split(words: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

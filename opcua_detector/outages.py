@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 
 OFF_DELAY_NS = 2 * 10**9
 SEVERITY = 700  # of a lost connection: between an alert of a monitor (500 by default) and the most severe, 1000
-BACKFILL_NS = 24 * 3600 * 10**9
 SETTLE_S = 2.0  # a historian takes this long to have the last value before the connection came back
 MOST_GAPS = 16  # of one group that wait to be filled
 _TRIES, _AGAIN_S = 3, 5.0
@@ -107,7 +106,7 @@ class GapFiller:
     group: GroupConfig
     sessions: Mapping[str, Session]
     store: Store
-    most_ns: int = BACKFILL_NS
+    most_ns: int
     settle_s: float = SETTLE_S
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
         ("gaps_filled", "gaps_left", "backfilled_rows", "backfill_left_rows"), 0))

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from .client.writeback import OUTSIDE
 from .config import Config, MonitorConfig, ServerConfig
 from .delivery import MonitorRun, known
 from .engine import Engine, Monitor
-from .errors import ConfigError, ConnectionProblem
+from .errors import ConfigError, ConnectionProblem, DetectorError
 from .explain import counterfactual_sentence
 from .feedback.live import LiveFeedback
 from .model import load as load_model
@@ -72,12 +72,10 @@ class Writing:
 
 def writing_of(server: ServerConfig) -> Writing:
     """Return how the configuration wants a server to be written."""
-    given = getattr(server, "writing", None)
-    if given is None:
-        return Writing()
+    given = server.writing
     lease = given.lease
     return Writing(
-        WriteRules(tuple(given.allow), given.dry_run, given.node_every / 1e9, given.values_per_s,
+        WriteRules(given.allow, given.dry_run, given.node_every / 1e9, given.values_per_s,
                    given.read_back / 1e9),
         lease.period / 1e9 if lease else 0.0, lease.name if lease else "")
 
@@ -96,7 +94,7 @@ class Service:
     ----------
     counters : loop_blocked (times that our own event loop stood still), detector_errors (rows that a detector could
         not work on), silences (monitors that were told to have no data because no row came), events_dropped (alerts
-        of the time away that were told in the store only)
+        of the time away that were told in the store only), models_refused (files that `reload` did not take)
     """
 
     def __init__(self, config: Config, config_file: Path, *, only: Sequence[str] = (), write: bool = True,
@@ -115,7 +113,8 @@ class Service:
         self.keepers: dict[str, LeaseKeeper] = {}
         self.fillers: dict[str, GapFiller] = {}
         self.connections = ConnectionAlarms(lambda: self.store, self._fed_by)
-        self.counters = dict.fromkeys(("loop_blocked", "detector_errors", "silences", "events_dropped"), 0)
+        self.counters = dict.fromkeys(
+            ("loop_blocked", "detector_errors", "silences", "events_dropped", "models_refused"), 0)
         self._writing = dict(writing or {})
         self._away: dict[str, EventsAway] = {}
         self._acked_ns: dict[str, int] = {}
@@ -160,7 +159,7 @@ class Service:
         try:
             return Store.open(settings.path, synchronous=settings.synchronous, retention=retention_of(self.config))
         except DamagedStore as damage:
-            if getattr(settings, "on_corrupt", "set_aside") != "set_aside":
+            if settings.on_corrupt != "set_aside":
                 raise
             store = Store.open(settings.path, synchronous=settings.synchronous, retention=retention_of(self.config),
                                on_corrupt="set_aside")
@@ -194,20 +193,26 @@ class Service:
             for item, _ in items:
                 if item.outputs:
                     wanted[item.outputs.server] = None
-        for name in wanted:
-            session = Session(self.config.server(name), on_state=lambda state, reason, name=name: self._link(  # type: ignore[misc]
-                name, state, reason))
-            self.sessions[name] = session
-            try:
-                await session.open()
-            except ConnectionProblem as problem:
-                if self._write or name in needed:
-                    raise
-                del self.sessions[name]
-                log.warning("dry run without the outputs: %s", problem)
-                continue
-            self.clocks[name] = ClockWatch(session)
-            await session.attach(self.clocks[name])
+        # All at once; one that fails is told when every other has been tried, so that none is left half open.
+        problems = await asyncio.gather(*(self._open_session(name, name in needed) for name in wanted),
+                                        return_exceptions=True)
+        for problem in problems:
+            if problem is not None:
+                raise problem
+
+    async def _open_session(self, name: str, needed: bool) -> None:
+        session = Session(self.config.server(name), on_state=lambda state, reason: self._link(name, state, reason))
+        self.sessions[name] = session
+        try:
+            await session.open()
+        except ConnectionProblem as problem:
+            if self._write or needed:
+                raise
+            del self.sessions[name]
+            log.warning("dry run without the outputs: %s", problem)
+            return
+        self.clocks[name] = ClockWatch(session)
+        await session.attach(self.clocks[name])
 
     async def _check(self, monitors: Mapping[str, list[tuple[MonitorConfig, Monitor]]]) -> None:
         raise_findings(await check_nodes(self.config, self.sessions, list(monitors), self._outputs(monitors),
@@ -240,7 +245,8 @@ class Service:
                 writer = self.backs.get(item.outputs.server) if item.outputs else None
                 self.runs[item.name] = MonitorRun(item, monitor, writer)
             await self._start_group(group_name, [self.runs[item.name] for item, _ in items])
-        await self.feedback.start(self.sessions, read_nodes=self._write)
+        dry = any(back.rules.dry_run for back in self.backs.values())  # to read feedback empties its node
+        await self.feedback.start(self.sessions, read_nodes=self._write and not dry)
 
     async def _attach_outputs(self, server: str, nodes: dict[tuple[str, str], str]) -> None:
         """Begin to write to a server.
@@ -260,11 +266,15 @@ class Service:
         if writing.lease_s > 0 and not rules.dry_run:
             keeper = self._lease(server, bases, writing)
             await session.attach(keeper)
+            raise_findings([
+                Finding(f"{self.config_file}: monitors.{name}.outputs.base", f"no lease can be kept there: {why}",
+                        "import the result nodes of this version into the server, or take the lease away")
+                for name in bases if (why := keeper.reason(name))])
         extra = {(name, EVENTS_AWAY): f"{base}.{EVENTS_AWAY}" for name, base in bases.items() if base}
         back = WriteBack(session, nodes, optional=extra, on_ack=self._acknowledged, rules=rules, leases=keeper)
         self.backs[server] = back
         for name in bases:
-            self._away[name] = EventsAway()
+            self._away[name] = EventsAway(most_age_ns=self.config.store.forward)
         await session.attach(back)
         if self._write:
             raise_findings([
@@ -304,20 +314,16 @@ class Service:
         for run in runs:
             run.monitor.continue_events(self.store.last_event_no(run.config.name))
             self._end_interrupted(run.config.name)
-            given = getattr(run.config.outputs, "fail_after", None)
-            hold_s = 2 * group.max_hold * group.period / 1e9
-            self._fail_after[run.config.name] = max(FAIL_AFTER_S if given is None else given / 1e9, hold_s)
+            fail_after_s = run.config.outputs.fail_after / 1e9 if run.config.outputs else FAIL_AFTER_S
+            self._fail_after[run.config.name] = max(fail_after_s, 2 * group.max_hold * group.period / 1e9)
             run.columns = np.array([names.index(tag) for tag in run.monitor.verdict.tags], np.int64)
             self._no_data(run, "Bad: waiting for the first row")
         if self.config.store.record:
             self._recordings[name] = self.store.start_recording(
                 None, group_tags(group), group.period, group=name, server=group.server)
         recording = self._recordings.get(name)
-        filler = self.fillers[name] = GapFiller(group, self.sessions, self.store)
-        if recording is None:
-            filler.most_ns = 0
-        elif (most_ns := getattr(self.config.store, "backfill", None)) is not None:
-            filler.most_ns = most_ns
+        most_ns = self.config.store.backfill if recording is not None else 0
+        filler = self.fillers[name] = GapFiller(group, self.sessions, self.store, most_ns)
         assert self.feedback is not None
         recent = self.feedback.watch(name, engine)
 
@@ -384,6 +390,36 @@ class Service:
                 store.end_run(reason, timeout_s=5.0)
         finally:
             store.close()
+
+    async def reload(self) -> dict[str, str]:
+        """Take the model files as they are now; return monitor -> what became of it.
+
+        A file that cannot be read, or whose model does not fit the configuration, changes nothing: the model in force
+        stays, and the error is logged and counted.
+        """
+        assert self.store is not None and self.feedback is not None
+        registry, told = registry_of(self.config), {}
+        for name, run in self.runs.items():
+            path, group = model_path(self.config_file, run.config), self.config.group(run.config.group)
+            try:
+                model = await asyncio.to_thread(load_model, path)
+                open_monitor(run.config, group, model, registry)
+            except DetectorError as error:
+                self.counters["models_refused"] += 1
+                log.error("monitor %s: the model is not taken, the one before stays in force: %s", name, error)
+                told[name] = f"kept {run.monitor.model.model_id}: {error.what}"
+                continue
+            if model.model_id == run.monitor.model.model_id:
+                told[name] = f"unchanged {model.model_id}"
+                continue
+            before = run.monitor.model.model_id
+            await self.feedback.replace(run, model)
+            record_model(self.store, model, path)
+            self.store.record_audit(AuditEntry("service", "model reloaded", {
+                "monitor": name, "before": before, "model_id": model.model_id}), timeout_s=None)
+            log.warning("monitor %s: model %s in place of %s", name, model.model_id, before)
+            told[name] = f"took {model.model_id}"
+        return told
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -460,12 +496,11 @@ class Service:
         if verdict.alert:
             self._record_event(run, verdict)
             if run.back is not None:
-                run.back.offer(run.config.name, verdict.source_ns, run.fast(verdict), run.cause_values())
+                run.back.tell(run.config.name, run.cause_values())
 
     def _tell_feedback(self, run: MonitorRun, text: str) -> None:
         if run.back is not None:
-            verdict = run.monitor.verdict
-            run.back.offer(run.config.name, verdict.source_ns, run.fast(verdict), {"FeedbackResult": text})
+            run.back.tell(run.config.name, {"FeedbackResult": text})
 
     def _acknowledged(self, monitor: str, source_ns: int, ack_utc_ns: int) -> None:
         run = self.runs.get(monitor)
@@ -572,7 +607,7 @@ class Service:
 async def check_nodes(config: Config, sessions: Mapping[str, Session], groups: Sequence[str],
                       outputs: Sequence[MonitorConfig], *, file: str = "") -> list[Finding]:
     """Return every problem with tags and outputs, each with the key it comes from; writes nothing."""
-    found: list[Finding] = []
+    asked: list[Awaitable[list[Finding]]] = []
     prefix = f"{file}: " if file else ""
     for name in groups:
         group = config.group(name)
@@ -581,13 +616,13 @@ async def check_nodes(config: Config, sessions: Mapping[str, Session], groups: S
             by_server.setdefault(item.server or group.server, []).append(item.tag())
         for server, tags in by_server.items():
             if server in sessions:
-                found += await check_tags(sessions[server], tags, where=f"{prefix}groups.{name}.tags")
+                asked.append(check_tags(sessions[server], tags, where=f"{prefix}groups.{name}.tags"))
     for monitor in outputs:
         assert monitor.outputs is not None
         if monitor.outputs.server in sessions:
-            found += await check_outputs(sessions[monitor.outputs.server], monitor.outputs.node_of(),
-                                         where=f"{prefix}monitors.{monitor.name}.outputs")
-    return found
+            asked.append(check_outputs(sessions[monitor.outputs.server], monitor.outputs.node_of(),
+                                       where=f"{prefix}monitors.{monitor.name}.outputs"))
+    return [one for found in await asyncio.gather(*asked) for one in found]
 
 
 def retention_of(config: Config) -> Retention:

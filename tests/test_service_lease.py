@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asyncua import Client
 from plant.proxy import ChaosProxy
 from running import RESULTS, until, write
 from serving import SEED, configuration, fit_models, nodes_say, running, scoring, stored
 
 from opcua_detector.client.lease import Role
 from opcua_detector.client.observer import Observer
-from opcua_detector.errors import ConfigError
+from opcua_detector.client.write_rules import WriteRules
+from opcua_detector.config import load
+from opcua_detector.errors import ConfigError, NodeProblem
 from opcua_detector.nodes import State
-from opcua_detector.service import Service, Writing
+from opcua_detector.service import Service, Writing, writing_of
 from sim_server.testing import RunningPlant, running_plant
 
 LEASED = {"plant": Writing(lease_s=2.0)}
@@ -154,6 +157,37 @@ async def test_a_service_that_is_cut_off_stops_first_and_does_not_take_the_outpu
                 await asyncio.sleep(3.0)  # longer than a lease
                 assert writes(b) and not writes(a) and both.stop() == 0
                 assert a.keepers["plant"].counters["lost"] == 1 and b.keepers["plant"].counters["lost"] == 0
+
+
+def test_the_configuration_says_how_a_server_is_written(plant: RunningPlant, two: tuple[Path, Path]) -> None:
+    given = configuration(plant.endpoint)
+    given["servers"][0]["writing"] = {
+        "allow": [f"{RESULTS}lorenz.*"], "node_every": "50 ms", "values_per_s": 100, "read_back": "2 s",
+        "lease": {"period": "1.5 s", "name": "line-3-a"}}
+    assert writing_of(load(write(two[0], given)).servers[0]) == Writing(
+        WriteRules((f"{RESULTS}lorenz.*",), False, 0.05, 100.0, 2.0), 1.5, "line-3-a")
+    assert writing_of(load(write(two[0], configuration(plant.endpoint))).servers[0]) == Writing()
+
+
+async def test_a_server_without_the_lease_node_keeps_the_service_from_starting(
+    plant: RunningPlant, two: tuple[Path, Path],
+) -> None:
+    given = configuration(plant.endpoint)
+    file = write(two[0], given)
+    await disturb(plant.endpoint, "remove", "lorenz.Lease")
+    try:
+        with pytest.raises(NodeProblem, match=r"outputs.base.*no lease can be kept"):
+            async with running(file, writing=LEASED):
+                raise AssertionError("it started")
+    finally:
+        await disturb(plant.endpoint, "restore", "lorenz.Lease")
+
+
+async def disturb(endpoint: str, what: str, argument: str) -> None:
+    """Disturb the simulated plant."""
+    async with Client(endpoint) as client:
+        index = await client.get_namespace_index("urn:opcua-detector:simulated-plant")
+        await client.get_node(f"ns={index};s=lorenz").call_method(f"{index}:Disturb", what, argument)
 
 
 async def test_a_lease_needs_a_node_and_says_so(plant: RunningPlant, two: tuple[Path, Path]) -> None:

@@ -177,10 +177,9 @@ async def test_a_gap_in_the_rows_is_filled_from_history_as_rows_that_nobody_scor
 async def test_where_there_is_no_history_a_gap_stays_a_gap_and_says_why(folder: Path) -> None:
     with running_plant("lorenz", history_rows=0, seed=SEED, config={"history_rows": 0}) as plant:
         async with ChaosProxy(plant.port) as proxy:
-            file = write(folder, configuration(proxy.endpoint))
+            file = write(folder, configuration(proxy.endpoint) | {"store": {"backfill": "0 s"}})
             async with running(file) as service:
                 filler = service.fillers["lorenz"]
-                filler.most_ns = 0  # as `backfill: 0 s`
                 await scoring(service.runs["lorenz"])
                 proxy.reset()
                 await until(lambda: filler.counters["gaps_left"] == 1, "the gap to be counted")

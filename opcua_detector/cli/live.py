@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..client import BrowsedNode
 from ..frames import iso_utc
-from ..nodes import STATE_TEXTS, State
+from ..nodes import State
 from ..service import MonitorRun, Service
 from .terminal import table
 
@@ -23,10 +23,10 @@ _NAME_CHARS, _VALUE_CHARS = 40, 24
 def run_view(service: Service, seconds: float) -> Group:
     """Return the live view: connections, one line per monitor, its cause, its tags."""
     parts: list[Any] = [_links(service, seconds)]
-    rows = [[name, Text(STATE_TEXTS[run.state], _STYLE.get(run.state, "")), _number(run.monitor.verdict.score, 3),
+    rows = [[name, Text(run.state_text, _STYLE.get(run.state, "")), _number(run.monitor.verdict.score, 3),
              *(_number(r, 3) for r in (run.monitor.verdict.r_trans, run.monitor.verdict.r_bound,
                                        run.monitor.verdict.r_conf)),
-             len(run.alerts), _number(run.latency_ms, 1), run.monitor.verdict.quality]
+             len(run.alerts), _number(run.latency_ms, 1), run.quality]
             for name, run in service.runs.items()]
     parts.append(table("", ["monitor", "state", "score", "r_trans", "r_bound", "r_conf", "alerts", "latency ms",
                             "quality"], rows))

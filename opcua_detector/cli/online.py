@@ -39,7 +39,7 @@ from ..config import Config, GroupConfig, ServerConfig
 from ..errors import ConfigError, DetectorError, NodeProblem, RecordError, SimulatorError
 from ..frames import iso_utc
 from ..model import load as load_model
-from ..nodes import STATE_TEXTS, TOP
+from ..nodes import TOP
 from ..service import Service, check_nodes, retention_of
 from ..store import Store
 from ..telemetry import Redactor, configure_logging
@@ -357,6 +357,15 @@ async def _run(config: Config, config_file: Path, only: Sequence[str], seconds: 
     stop = stop_on_signals()
     with err.status("starting") if err.is_terminal else nullcontext():
         await service.start()
+    reloads: set[asyncio.Task[Any]] = set()
+
+    def reload() -> None:
+        task = asyncio.get_running_loop().create_task(service.reload(), name="reload")
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    if hasattr(signal, "SIGHUP"):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     try:
         began = time.monotonic()
         _say(config, _what_runs(service, dry_run))
@@ -368,6 +377,8 @@ async def _run(config: Config, config_file: Path, only: Sequence[str], seconds: 
                     live.update(run_view(service, time.monotonic() - began), refresh=True)
                 await _wait(stop, min(0.25, max(0.0, until - time.monotonic())))
         facts = {"seconds": time.monotonic() - began, **run_facts(service)}
+        for line in [line for back in service.backs.values() if back.rules.dry_run for line in back.preview_lines()]:
+            _say(config, f"would write {line}")
     finally:
         await service.stop("stopped")
     return facts
@@ -402,7 +413,7 @@ def run_facts(service: Service) -> dict[str, Any]:
         "groups": {name: feed.counters() for name, feed in service.feeds.items()},
         "store": {"committed_seq": service.store.committed_seq} if service.store else None,
         "monitors": {name: {
-            "state": STATE_TEXTS[item.state], "score": item.monitor.verdict.score, "scored": item.scored,
+            "state": item.state_text, "score": item.monitor.verdict.score, "scored": item.scored,
             "events": item.monitor.verdict.event_no, "latency_ms": item.latency_ms,
             "alerts": [{"at": iso_utc(told.source_ns), "explanation": told.sentence,
                         "causes": [asdict(cause) for cause in told.causes[:TOP]]} for told in item.alerts],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -108,7 +109,6 @@ class GroupFeed:
     ) -> None:
         self.group = group
         tags = [tag.tag() for tag in group.tags]
-        self.builder = FrameBuilder(tags, group.period, group.lateness_ns, group.max_hold)
         self.frame = Frame.empty(len(tags))
         self.frame_errors = 0
         self.clock_jumps = 0
@@ -142,10 +142,13 @@ class GroupFeed:
                     clock_ns=clock_ns,
                 )
 
+        # Subscriptions publish by clocks of their own: the tags of one row come up to an interval apart.
+        apart_ns = group.publishing_ns if group.lateness is None and len(self.subscriptions) > 1 else 0
+        self.builder = FrameBuilder(tags, group.period, group.lateness_ns + apart_ns, group.max_hold)
+
     async def start(self) -> None:
         """Subscribe on every server; the sessions must be open."""
-        for subscription in self.subscriptions.values():
-            await subscription.session.attach(subscription)
+        await asyncio.gather(*(one.session.attach(one) for one in self.subscriptions.values()))
 
     async def stop(self) -> None:
         """Stop the rows."""

@@ -18,7 +18,7 @@ from ..frames import iso_utc
 from .history import read_history
 from .session import Session
 
-MOST_EVENTS, MOST_CHARS, MOST_AGE_NS = 100, 2000, 24 * 3600 * 10**9
+MOST_EVENTS, MOST_CHARS = 100, 2000
 SLICE_VALUES, MOST_VALUES = 200_000, 10_000_000  # of history: at once, and of one gap
 
 
@@ -35,13 +35,13 @@ class Away:
 
 @dataclass
 class EventsAway:
-    """The alerts of one monitor that its server has not seen; the newest MOST_EVENTS of at most MOST_AGE_NS.
+    """The alerts of one monitor that its server has not seen; the newest `most` of at most `most_age_ns`.
 
     dropped : alerts beyond these bounds, since the start; the store has them
     """
 
+    most_age_ns: int
     most: int = MOST_EVENTS
-    most_age_ns: int = MOST_AGE_NS
     dropped: int = 0
     _events: OrderedDict[int, Away] = field(default_factory=OrderedDict)
     _since_ns: int | None = None
@@ -63,12 +63,11 @@ class EventsAway:
         """The server is back: return what it missed as text, empty where that is nothing."""
         if self._since_ns is None:
             return ""
-        since_ns, self._since_ns = self._since_ns, None
-        missed = [one for one in self._events.values() if one.noted_ns >= since_ns]
-        old = [one for one in missed if now_ns - one.noted_ns > self.most_age_ns]
-        for one in old:
+        since_ns = self._since_ns
+        for one in [one for one in self._events.values() if now_ns - one.noted_ns > self.most_age_ns]:
             self._drop(one.event_no)
-        told = [one for one in reversed(missed) if one not in old]
+        self._since_ns = None
+        told = [one for one in reversed(self._events.values()) if one.noted_ns >= since_ns]
         if not told and not self._dropped_now:
             return ""
         return self._text(told, since_ns, now_ns)

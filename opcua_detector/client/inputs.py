@@ -35,6 +35,7 @@ class TextInputs:
     nodes : name -> {signal: text of the node}; `trigger` is the signal that starts something when it is not empty
     on_texts : called with (name, {signal: text}, stale) when the trigger of a name is not empty; `stale`: it already
         stood there when these nodes were first read, so nobody knows how old it is
+    may_take : whether the texts of a name are for us now; an instance that stands by leaves them to the other one
 
     Attributes
     ----------
@@ -43,8 +44,10 @@ class TextInputs:
 
     def __init__(
         self, session: Session, nodes: Mapping[str, Mapping[str, str]], trigger: str, on_texts: OnTexts,
+        may_take: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.session, self._nodes, self._trigger, self._on_texts = session, nodes, trigger, on_texts
+        self._may_take = may_take
         self.missing: list[str] = []
         self._refs: dict[str, dict[str, NodeRef]] = {}
         self._seen: set[str] = set()
@@ -97,6 +100,8 @@ class TextInputs:
         try:
             while True:
                 for name, refs in self._refs.items():
+                    if not self._may_take(name):
+                        continue
                     texts = dict(zip(refs, await self._read(list(refs.values())), strict=True))
                     text = (texts[self._trigger] or "").strip()
                     stale = name not in self._seen

@@ -26,7 +26,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -37,6 +37,7 @@ from asyncua import Client, ua
 
 from ..errors import DetectorError, NodeProblem
 from . import wire
+from .limits import in_batches
 from .nodes import NodeRef, read_attributes, resolve
 from .session import ENDING_S, LinkState, Session
 from .waiting import end_tasks, within
@@ -232,7 +233,8 @@ class LeaseKeeper:
             at = self._at[monitor]
             at.ref = ref if isinstance(ref, NodeRef) else None
             self._reason(monitor, ref.what if isinstance(ref, NodeProblem) else "")
-        await self._turn()
+        with suppress(TimeoutError, OSError, ua.UaError):  # the session finds out whether the connection lives
+            await self._turn()
         self._task = asyncio.create_task(self._keep(self.session.client), name=f"lease {self.session.config.name}")
 
     def link_down(self) -> None:
@@ -255,10 +257,10 @@ class LeaseKeeper:
 
     async def _keep(self, client: Client) -> None:
         every_s = self.period_s / RENEWALS
-        due = self.clock_s() + every_s
+        due = self.clock_s()
         while True:
-            await asyncio.sleep(max(0.0, due - self.clock_s()))
             due = max(due + every_s, self.clock_s())
+            await asyncio.sleep(max(0.0, due - self.clock_s()))
             try:
                 if self.session.client is not client:
                     return
@@ -293,19 +295,23 @@ class LeaseKeeper:
             await self._write(wanted)
             self.look()
 
-    async def _write(self, texts: Mapping[str, str]) -> None:
+    async def _send(self, items: Sequence[tuple[NodeRef, str]]) -> Sequence[int]:
+        """Write texts; return the StatusCode of each."""
         request = ua.WriteRequest()
-        chosen = [(monitor, ref, text) for monitor, text in texts.items()
-                  if (ref := self._at[monitor].ref) is not None]
-        for _, ref, text in chosen:
+        for ref, text in items:
             item: Any = ua.WriteValue()
             item.NodeId, item.AttributeId = ref.id, ua.AttributeIds.Value
             item.Value = ua.DataValue(ua.Variant(text, ua.VariantType.String), None)
             request.Parameters.NodesToWrite.append(item)
+        return wire.write_results(await wire.send(self.session.client, request, self.period_s))
+
+    async def _write(self, texts: Mapping[str, str]) -> None:
+        chosen = [(monitor, ref, text) for monitor, text in texts.items()
+                  if (ref := self._at[monitor].ref) is not None]
         sent_s = self.clock_s()
         try:
-            answer = await within(wire.send(self.session.client, request, self.period_s), self.period_s)
-            codes = wire.write_results(answer)
+            codes = await within(in_batches(self.session, "write", [(ref, text) for _, ref, text in chosen], self._send,
+                                            "write the leases"), self.period_s)
         except BaseException:
             for monitor, _, _ in chosen:
                 self.leases[monitor].refused()

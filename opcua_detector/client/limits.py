@@ -4,11 +4,12 @@ A server states OperationLimits (Part 5, 6.3.11), or nothing, or more than it ke
 it enforces, and an S7-1500 counts the items of all requests that are under way against its 1000. So the stated limit
 is where a session begins, the table of makes fills in what is not stated, and a refusal (BadTooManyOperations, an
 answer or a request that is too large) halves the size of that call. What was learnt holds for the server, not for the
-connection: after a reconnect nothing is tried in vain again. Calls of one kind go out one after the other.
+connection: after a reconnect nothing is tried in vain again. On one session such calls go out one after the other.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from asyncua import Client, ua
+from asyncua.ua.uaerrors import UaStatusCodeError
 
 from ..errors import ConnectionProblem
 from . import wire
@@ -129,6 +131,7 @@ class Limits:
         self.about = ""
         self.halved = 0
         self.items_per_subscription = 0
+        self.turn = asyncio.Lock()  # held by the call that is under way
         self._hang_ups: dict[str, int] = {}
 
     def size(self, kind: str) -> int:
@@ -158,7 +161,12 @@ class Limits:
     async def read(self, client: Client) -> None:
         """Read what the server states and who made it; a server without these nodes states nothing."""
         nodes = [wire.node_id(number) for number in (*KINDS.values(), *_ABOUT, _ITEMS)]
-        found = await client.uaclient.read_attributes(nodes, ua.AttributeIds.Value)
+        try:
+            found = await client.uaclient.read_attributes(nodes, ua.AttributeIds.Value)
+        except UaStatusCodeError as error:
+            if wire.status_name(error.code) not in TOO_MUCH:
+                raise
+            found = [(await client.uaclient.read_attributes([one], ua.AttributeIds.Value))[0] for one in nodes]
         contents = [_content(one) for one in found]
         self.stated = {
             kind: int(value)
@@ -219,7 +227,8 @@ async def in_batches(
     while len(done) < len(items):
         part = items[len(done) : len(done) + min(most, session.limits.size(kind))]
         try:
-            answers = await session.call(ask(part), what)
+            async with session.limits.turn:
+                answers = await session.call(ask(part), what)
         except ConnectionProblem as problem:
             if too_much(problem) and len(part) > 1:
                 smaller = session.limits.refused(kind, len(part))

@@ -83,7 +83,8 @@ class Poller:
 
     Attributes
     ----------
-    counters : polls (answers), poll_overruns (periods that a slow answer took from the next polls), poll_failures
+    counters : polls (answers), poll_overruns (periods that a slow answer took from the next polls), poll_failures,
+        handler_errors
     last_heard_ns : when the last answer came, by `clock_ns`
     """
 
@@ -92,7 +93,7 @@ class Poller:
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.session = session
-        self.counters = {"polls": 0, "poll_overruns": 0, "poll_failures": 0}
+        self.counters = {"polls": 0, "poll_overruns": 0, "poll_failures": 0, "handler_errors": 0}
         self.last_heard_ns = 0
         self.period_ns = period_ns
         self._on_polled, self._clock_ns = on_polled, clock_ns
@@ -196,7 +197,12 @@ class Poller:
         self._failed = 0
         self.counters["polls"] += 1
         raw = np.where(samples.source_ns == wire.NO_STAMP, samples.server_ns, samples.source_ns)
-        self._on_polled(call.column, call.stamps.of(raw, sent_ns, received_ns), samples)
+        try:
+            self._on_polled(call.column, call.stamps.of(raw, sent_ns, received_ns), samples)
+        except Exception:  # the next poll must not fail for it
+            self.counters["handler_errors"] += 1
+            if self.counters["handler_errors"] == 1:
+                log.exception("%s: a poll could not be worked on; further ones are counted only", self.session.where)
         return True
 
 

@@ -212,6 +212,7 @@ class Session:
         self._stop_pump()
         try:
             await end_tasks((task, probe, *self._leaving), ending_s)
+            await end_tasks(tuple(self._leaving), ending_s)  # of an attempt that has just been given up
             if client is not None and wire.is_open(client):
                 await farewell(client.disconnect(), self.timeout_s - ending_s)
         finally:

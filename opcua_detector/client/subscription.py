@@ -117,7 +117,8 @@ class Subscription:
 
     counters : notifications, samples, keep_alives, overload (GoodOverload), null_timestamp, lost_notifications,
         rebuilt (subscriptions made anew), type_changes (to text and back), not_numeric (samples masked for that),
-        polls, poll_overruns, poll_failures (see `Poller`)
+        unknown_handles (samples of items that are none of ours), polls, poll_overruns, poll_failures,
+        handler_errors (see `Poller`)
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Subscription:
             "rebuilt": 0,
             "type_changes": 0,
             "not_numeric": 0,
+            "unknown_handles": 0,
         }
         self.poller = Poller(
             session, period_ns or publishing_ns, self._polled, clock_ns=clock_ns
@@ -161,6 +163,8 @@ class Subscription:
         self._by_column = {item.column: item for item in self.items}
         self._period_ns, self._poll = period_ns, poll
         width = max(self._by_column, default=-1) + 1
+        self._own = np.zeros(width, np.bool_)  # by column: is it one of these items
+        self._own[list(self._by_column)] = True
         self._no_text = np.zeros(width, np.bool_)
         self._no_text[[item.column for item in self.items if not item.text]] = True
         self._doubted = np.zeros(width, np.bool_)  # by column, as the items say
@@ -518,8 +522,14 @@ class Subscription:
             return
         samples = answer.samples
         self.counters["notifications"] += 1
-        columns = samples.handle.astype(np.int32)
-        self._take(columns, samples.source_ns, samples)
+        handles = samples.handle
+        known = (handles >= 0) & (handles < len(self._own))
+        if not known.all() or not self._own[handles].all():
+            known[known] = self._own[handles[known]]
+            self.counters["unknown_handles"] += int(len(known) - known.sum())
+            samples = _only(samples, known)
+        if len(samples.handle):
+            self._take(samples.handle.astype(np.int32), samples.source_ns, samples)
 
     def _polled(self, columns: NDArray[np.int32], stamps: NDArray[np.int64], samples: wire.Samples) -> None:
         """Take the answer of one poll."""
@@ -598,3 +608,11 @@ class Subscription:
             await self._create()
         except DetectorError as error:
             self.session.fail(error.what, client)
+
+
+def _only(samples: wire.Samples, keep: NDArray[np.bool_]) -> wire.Samples:
+    """Return some of the samples."""
+    return wire.Samples(
+        samples.handle[keep], samples.source_ns[keep], samples.server_ns[keep], samples.value[keep],
+        samples.status[keep], text_at=None if samples.text_at is None else samples.text_at[keep], raw=samples.raw,
+    )

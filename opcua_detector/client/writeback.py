@@ -25,6 +25,7 @@ from ..errors import NodeProblem
 from ..nodes import RESULT_SIGNALS
 from . import wire
 from .casts import CastError, cast, same
+from .limits import too_much
 from .nodes import ACCEPTS, NodeRef, read_facts, resolve
 from .session import ENDING_S, LinkState, Session
 from .waiting import end_tasks, within
@@ -111,6 +112,9 @@ class WriteBack:
         self.session, self.rules = session, rules
         self.outputs = {key: Output(*key, text) for key, text in nodes.items()}
         self.outputs |= {key: Output(*key, text, optional=True) for key, text in (optional or {}).items()}
+        self._of: dict[str, list[Output]] = {}
+        for output in self.outputs.values():
+            self._of.setdefault(output.monitor, []).append(output)
         names = ("requests", "values", "superseded", "failed_items", "cast_errors", "timeouts", "refused", "limited",
                  "withheld", "dry", "read_back", "mismatches")
         self.counters = dict.fromkeys(names, 0)
@@ -203,8 +207,8 @@ class WriteBack:
 
     def trouble(self, monitor: str) -> str:
         """Say in a few words which outputs of a monitor are not written, or not kept, by a server that is there."""
-        found = [(one.signal, one.reason or one.mismatch) for (owner, _), one in self.outputs.items()
-                 if owner == monitor and (one.reason or one.mismatch) and one.reason != _NOT_CONNECTED
+        found = [(one.signal, one.reason or one.mismatch) for one in self._of.get(monitor, ())
+                 if (one.reason or one.mismatch) and one.reason != _NOT_CONNECTED
                  and not (one.optional and one.reason == _NOT_THERE)]
         if not found:
             return ""
@@ -214,6 +218,17 @@ class WriteBack:
     def preview(self) -> dict[tuple[str, str], Any]:
         """Return what a dry run would have written last, cast to the types of the nodes."""
         return {key: output.shown for key, output in self.outputs.items() if output.shown is not None}
+
+    def preview_lines(self) -> list[str]:
+        """Return what a dry run would have written last, one line per output, and why it could not write the others."""
+        lines = []
+        for one in self.outputs.values():
+            if one.shown is not None and not one.reason:
+                kind = f"{one.type}[]" if one.array else one.type
+                lines.append(f"{one.monitor}.{one.signal} = {_short(one.shown)} ({kind}) to {one.node}")
+            elif one.reason and not (one.optional and one.reason == _NOT_THERE):
+                lines.append(f"{one.monitor}.{one.signal} not to {one.node}: {one.reason}")
+        return lines
 
     async def stop(self, final: Mapping[str, Mapping[str, Any]] | None = None) -> bool:
         """Write the last words of each monitor (State "stopped") and write nothing more; True when
@@ -236,8 +251,7 @@ class WriteBack:
                                 if self.may_write(monitor)})
         if items and self._ready and self.session.state is LinkState.CONNECTED and not self.rules.dry_run:
             with contextlib.suppress(Exception):  # whatever is answered now, stopping goes on
-                results = wire.write_results(await within(self._request(items), self.session.timeout_s))
-                told = not any(code & 0x80000000 for code in results)
+                told = await within(self._say(items), self.session.timeout_s)
         self._ready = False
         self.session.detach(self)
         return told
@@ -346,6 +360,15 @@ class WriteBack:
                 outputs.append(output)
         return items, outputs
 
+    async def _say(self, items: list[Any]) -> bool:
+        """Write the last words; True when all of them were taken."""
+        taken = True
+        size = self.session.limit("write")
+        for start in range(0, len(items), size):
+            results = wire.write_results(await self._request(items[start : start + size]))
+            taken = taken and not any(code & 0x80000000 for code in results)
+        return taken
+
     def _request(self, items: list[Any]) -> asyncio.Future[Any]:
         request = ua.WriteRequest()
         request.Parameters.NodesToWrite = items
@@ -402,14 +425,21 @@ class WriteBack:
             for output in outputs:
                 output.shown = output.variant.Value
             return
-        client = self.session.client
+        self._post_part(kind, outputs, 0, stamps, self.session.client)
+
+    def _post_part(
+        self, kind: str, outputs: Sequence[Output], start: int, stamps: Mapping[str, int], client: Client
+    ) -> None:
+        """Send as many of the filled items as the server takes at once, from `start` on."""
+        stop = start + self.session.limit("write")
         try:
-            future = self._request(items)
+            future = self._request([output.item for output in outputs[start:stop]])
         except (OSError, UaError) as error:
             self.session.fail(f"write: {error}", client)
             return
         self._under_way(kind, future, client)
-        future.add_done_callback(lambda done: self._answered(kind, done, outputs, stamps, client))
+        future.add_done_callback(
+            lambda done: self._answered(kind, done, outputs, (start, min(stop, len(outputs))), stamps, client))
 
     def _under_way(self, kind: str, future: asyncio.Future[Any], client: Client) -> None:
         self._out[kind] = future
@@ -440,28 +470,37 @@ class WriteBack:
         kind: str,
         future: asyncio.Future[Any],
         outputs: Sequence[Output],
+        span: tuple[int, int],
         stamps: Mapping[str, int],
         client: Client,
     ) -> None:
         if not self._came(kind, future, client):
             return
         acknowledged_ns = self._utc_ns()
+        start, stop = span
         try:
             results = wire.write_results(future.result())
         except UaError as refused:
-            for output in outputs:
+            if too_much(refused) and stop - start > 1:
+                self.session.limits.refused("write", stop - start)
+                self._post_part(kind, outputs, start, stamps, client)
+                return
+            for output in outputs[start:stop]:
                 self._fails(output, type(refused).__name__)
-            self.counters["failed_items"] += len(outputs)
+            self.counters["failed_items"] += stop - start
             results = []
         except Exception as broken:
             self.session.fail(f"the answer to a write cannot be decoded: {broken!r}", client)
             return
-        for output, code in zip(outputs, results, strict=False):
+        for output, code in zip(outputs[start:stop], results, strict=False):
             if code & 0x80000000:
                 self.counters["failed_items"] += 1
                 self._fails(output, wire.status_name(code))
             else:
                 output.delay_s = _RETRY_FIRST_S
+        if stop < len(outputs):
+            self._post_part(kind, outputs, stop, stamps, client)
+            return
         if results and self._on_ack is not None:
             for monitor, source_ns in stamps.items():
                 if source_ns > 0:  # 0: an offer without a row, such as "no data", has no latency

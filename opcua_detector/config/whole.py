@@ -82,6 +82,10 @@ class Config(Section):
             for name in monitor.feedback.protected:
                 known(name, tags_of[monitor.group], ("monitors", i, "feedback", "protected", name))
             if monitor.outputs:
+                if not monitor.outputs.base and monitor.outputs.server in servers \
+                        and self.server(monitor.outputs.server).writing.lease:
+                    raise Wrong("the key 'base' beside it: the lease lies at <base>.Lease",
+                                ("monitors", i, "outputs", "base"))
                 known(monitor.outputs.server, servers, ("monitors", i, "outputs", "server"))
         return self
 

@@ -17,20 +17,14 @@ def _allowed(value: Any) -> str:
                      "'nsu=urn:plant;s=Detector.*'")
 
 
-def _node(value: Any) -> str:
-    return node_text(value) if value else ""
-
-
 class LeaseConfig(Section):
-    """Two instances on the same outputs: one writes, the other takes over. Needs the node <base>.Lease, or `node`.
+    """Two instances on the same outputs: one writes, the other takes over. Needs the nodes <base>.Lease.
 
-    node : a String node that both instances can write; empty: the signal Lease of the first monitor's outputs
-    period : the holder renews it each third of this; the other one takes over when it has not moved for so long
+    period : the holder renews it six times in it; the other one takes over within one and a half of it
     name : of this instance; empty: made once and kept beside the store
     """
 
-    node: Annotated[str, BeforeValidator(_node)] = ""
-    period: DurationNs = 3 * UNITS_NS["s"]
+    period: DurationNs = 2 * UNITS_NS["s"]
     name: str = Field(default="", pattern=r"^[\w.\-]{0,64}$")
 
     @field_validator("period")

@@ -127,7 +127,8 @@ class LiveFeedback:
                 def on_texts(name: str, texts: Mapping[str, str], stale: bool, server: str = server) -> None:
                     self._heard(server, name, texts, stale)
 
-                inputs = TextInputs(sessions[server], nodes, INPUT_NODES[0].signal, on_texts)
+                inputs = TextInputs(sessions[server], nodes, INPUT_NODES[0].signal, on_texts,
+                                    lambda name: (back := self.runs[name].back) is None or back.may_write(name))
                 self._inputs.append(inputs)
                 await sessions[server].attach(inputs)
         self._spawn(self._poll(), "feedback")
@@ -238,6 +239,13 @@ class LiveFeedback:
                                  _Clock())
                 log.warning("monitor %s: %s", answer.entry.monitor, answer.text)
                 self._tell(run, answer.text[:RESULT_CHARS])
+
+    async def replace(self, run: Run, model: NormalityModel) -> None:
+        """Put a model that was fitted meanwhile in the place of the one in force; its alert and its numbers stand."""
+        async with self._one_at_a_time:
+            engine, recent = self._engines[run.config.group]
+            await self._swap(run, engine, recent, model, recent.record(), recent.seq, _Clock())
+            self._desk.models[run.config.name] = model
 
     async def _swap(self, run: Run, engine: Engine, recent: RecentRows, model: NormalityModel, rows: Record,
                     seq: int, clock: _Clock) -> None:

@@ -181,6 +181,9 @@ class ServiceCollector(Collector):
         gauges.add((), age_seconds=self._pulse.age_s, delay_seconds=self._pulse.delay_s,
                    longest_delay_seconds=self._pulse.longest_delay_s)
         yield from gauges.families()
+        faults = _Counts("service", {}, ())
+        faults.add((), self._service.counters)
+        yield from faults.families()
 
     def _servers(self) -> Iterator[Metric]:
         service = self._service
@@ -204,14 +207,19 @@ class ServiceCollector(Collector):
             if pump is not None:
                 publish.add((name,), pump.counters)
                 gauges.add((name,), publish_requests_outstanding=pump.outstanding)
+        leases = _Counts("lease", {}, ("server",))
         for name, back in list(service.backs.items()):
             writes.add((name,), back.counters)
-        for part in (gauges, counts, publish, writes):
+        for name, keeper in list(service.keepers.items()):
+            leases.add((name,), keeper.counters)
+        for part in (gauges, counts, publish, writes, leases):
             yield from part.families()
 
     def _groups(self) -> Iterator[Metric]:
         both = ("group", "server")
         counts, streams = _Counts("group", _GROUP, ("group",)), _Counts("subscription", _SUBSCRIPTION, both)
+        for name, filler in list(self._service.fillers.items()):
+            counts.add((name,), filler.counters)
         gauges = _Gauges("subscription", both, {
             "tags": "Tags of the group on this server.",
             "tags_failing": "Tags of the group on this server that deliver nothing.",
@@ -238,6 +246,7 @@ class ServiceCollector(Collector):
             "alert_severity": "Severity of the standing alert, 0 while there is none.",
             "write_latency_seconds": "SourceTimestamp to the server's acknowledgement of the last write.",
             "last_row_timestamp_seconds": "SourceTimestamp of the newest row that was judged.",
+            "standby": "1 while another instance writes the outputs.",
             "masked_tags": "Tags of the monitor without a valid value in the newest row.",
         })
         state = GaugeMetricFamily(f"{PREFIX}_monitor_state", "1 for the state that the monitor is in.",
@@ -256,7 +265,7 @@ class ServiceCollector(Collector):
                        alert=verdict.alert, alert_severity=verdict.severity,
                        write_latency_seconds=None if run.latency_ms != run.latency_ms else run.latency_ms / 1e3,
                        last_row_timestamp_seconds=verdict.source_ns / 1e9 if verdict.source_ns else None,
-                       masked_tags=masked)
+                       masked_tags=masked, standby=run.standby)
             for number, words in enumerate(STATE_TEXTS):
                 state.add_metric((name, words), float(number == run.state))
             model.add_metric((name,), {"model_id": verdict.model_id})

@@ -49,7 +49,8 @@ class Loop:
     def __init__(self, endpoint: str, tags: int, rate: float, publishing_ms: int) -> None:
         self.session = Session(ServerConfig(name="node", endpoint=endpoint, policy="None", insecure=True))
         self.group = GroupConfig(
-            name="load", server="node", period=f"{round(1e6 / rate)} us", sampling="0 ms", publishing=f"{publishing_ms} ms",
+            name="load", server="node", period=f"{round(1e6 / rate)} us", sampling="0 ms",
+            publishing=f"{publishing_ms} ms",
             tags=tuple(TagConfig(name=f"t{k}", node=f"{LOAD}{k}") for k in range(tags)))
         nodes = {("lorenz", name): RESULTS + name for name in ("Score", "LastUpdate", "Heartbeat")}
         self.back = WriteBack(self.session, nodes, on_ack=self._acknowledged)

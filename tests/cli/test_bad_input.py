@@ -407,4 +407,6 @@ def test_a_store_that_another_process_writes_is_not_touched(plant: RunningPlant,
 def test_a_damaged_store_is_refused_and_kept(plant: RunningPlant, fitted: Fitted) -> None:
     store = fitted.folder / "opcua-detector.db"
     store.write_bytes(b"no database, but somebody's file" * 200)
+    text = fitted.file.read_text(encoding="utf-8")
+    fitted.file.write_text(f"{text}\nstore: {{on_corrupt: refuse}}\n", encoding="utf-8")
     refused(fitted.folder, 5, (str(store),), "run", fitted.file, "--seconds", "1")

@@ -11,6 +11,7 @@ import pytest
 from opcua_detector.api import Tag, TagKind
 from opcua_detector.client import Session, history, oldest_ns, read_history, wire
 from opcua_detector.client.history import read_samples
+from opcua_detector.client.limits import Limits
 from opcua_detector.errors import NodeProblem, RecordError
 from sim_server.plant import Plant
 from sim_server.processes import Process, model
@@ -156,9 +157,11 @@ class Historian:
         self.asked = 0
         # what the reader needs of a session
         self.timeout_s, self.namespaces, self.where, self.client = 1.0, ["", "urn"], "here", None
+        self.limits = Limits()
+        self.limits.stated["history"] = 100
 
     def limit(self, name: str) -> int:
-        return 100
+        return self.limits.size(name)
 
     def problem(self, error: Exception, what: str) -> Exception:
         return error

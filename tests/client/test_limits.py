@@ -288,3 +288,35 @@ async def test_a_session_limit_is_waited_out_without_a_busy_loop(
         while link.state is not LinkState.CONNECTED:
             await asyncio.sleep(0.01)
     assert link.counters["reconnects"] == 1
+
+
+async def test_a_connection_that_is_given_up_leaves_no_session_at_the_server(
+    odd: OddServer, link: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small PLCs have room for few sessions: those of lost connections must not use it up."""
+    monkeypatch.setattr(session, "FIRST_DELAY_S", 0.05)
+    # a server keeps a session that has a subscription when its connection ends (Part 4, 6.7)
+    feed = GroupFeed(group_config(period="100 ms", tags=tags_of(odd, ["Double"])), {"plant": link}, Rows().take)
+    await feed.start()
+    for k in range(4):
+        link.fail("cut by the test")
+        async with asyncio.timeout(WAIT_S):
+            while link.counters["reconnects"] <= k or link.state is not LinkState.CONNECTED:
+                await asyncio.sleep(0.01)
+    assert odd.server.iserver is not None
+    held = odd.server.iserver._external_sessions
+    async with asyncio.timeout(session.SESSION_TIMEOUT_MS / 3e3):  # by then it would have ended by itself
+        while len(held) > 1:
+            await asyncio.sleep(0.01)
+    assert len(odd.server.iserver.subscription_service.subscriptions) == 1
+    await feed.stop()
+
+
+async def test_limits_that_cannot_be_read_at_once_are_read_one_by_one(
+    odd: OddServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = Bounds(monkeypatch, read=3)
+    one = Session(server_config(odd.endpoint))
+    await one.open()
+    assert bounds.refused["read"] == 1 and one.limits.profile.name == "asyncua"
+    await one.close()

@@ -13,7 +13,7 @@ from asyncua.ua.ua_binary import struct_to_binary
 
 from opcua_detector.client import Session, WriteBack, writeback
 from opcua_detector.client import session as session_module
-from opcua_detector.client.casts import CastError, cast, same
+from opcua_detector.client.casts import CastError, cast
 from opcua_detector.nodes import NO_SCORE, SIGNALS, State
 from sim_server.testing import RunningPlant, running_plant
 

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import which
 from typing import IO, Any
@@ -63,8 +63,9 @@ class NodeServer:
         child = self._child
         assert child is not None and child.stdin is not None and child.stdout is not None
         with self._lock:
-            child.stdin.write(json.dumps({"do": what, **how}).encode() + b"\n")
-            child.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended; its words are told below
+                child.stdin.write(json.dumps({"do": what, **how}).encode() + b"\n")
+                child.stdin.flush()
             found = json.loads(self._line(child, ANSWER_TIMEOUT_S) or '{"ok": false, "error": "no answer"}')
         if not found.pop("ok"):
             raise RuntimeError(f"node-opcua server, {what}: {found.get('error')}\n{self.log[-2000:]}")
@@ -95,7 +96,8 @@ class NodeServer:
     def close(self) -> None:
         """Stop the server and forget its log."""
         if self._child is not None:
-            self.resume()
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                self.resume()
             self.kill()
         self._log.close()
 
@@ -127,7 +129,8 @@ class NodeServer:
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
 
 @contextmanager

@@ -123,24 +123,27 @@ class Rig:
         self.session_before, self.feed_before = dict(self.session.counters), self.counters()
         self._proxy_before, self._struck_at = self.proxy.counts(), time.monotonic()
 
-    async def survived(self, more: int = 60) -> None:
-        """Hold the service to what is true after every fault."""
+    async def survived(self, more: int = 60, *, per_row: float = PER_ROW) -> None:
+        """Hold the service to what is true after every fault; `per_row` as in `not_busy`."""
         await self.scoring(more)
-        self.not_busy()
+        self.not_busy(per_row)
         await self.nothing_left()
         alerts = [one.sentence for one in self.run.alerts]
         assert self.run.monitor.verdict.event_no == 0, f"alerts {alerts}, counters {self.counters()}"
         assert self.feed.frame_errors == 0 and set(self.feed.tag_states().values()) == {""}
 
-    def not_busy(self) -> None:
-        """Assert that neither messages nor connections came faster than a sound client sends them."""
+    def not_busy(self, per_row: float = PER_ROW) -> None:
+        """Assert that neither messages nor connections came faster than a sound client sends them.
+
+        per_row : messages that a row costs; more than usual where calls are split
+        """
         seconds = time.monotonic() - self._struck_at
         now, then = self.proxy.counts(), self._proxy_before
         tried = now["accepted"] + now["refused"] - then["accepted"] - then["refused"]
         sent = now["to_server_messages"] - then["to_server_messages"]
         assert tried <= FREE_CONNECTIONS + CONNECTIONS_PER_S * seconds, f"{tried} connections in {seconds:.1f} s"
         rows_per_s = 1e9 / self.feed.group.period
-        allowed = (PER_ROW * rows_per_s + PER_SECOND) * seconds + PER_CONNECTION * (tried + 1)
+        allowed = (per_row * rows_per_s + PER_SECOND) * seconds + PER_CONNECTION * (tried + 1)
         assert sent <= allowed, f"{sent} messages in {seconds:.1f} s, {tried} connections"
 
     async def nothing_left(self) -> None:

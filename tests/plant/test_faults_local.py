@@ -111,7 +111,6 @@ async def test_a_locked_database_stops_no_score_and_loses_no_row(plant: Simulato
         await rig.survived()
 
 
-@pytest.mark.xfail(reason="the service refuses to start with a damaged store instead of setting it aside", strict=True)
 async def test_a_corrupt_store_is_set_aside_and_the_service_runs(plant: Simulator, folder: Path) -> None:
     async with rigged(plant, folder) as rig:
         path = load(rig.file).store.path

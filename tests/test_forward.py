@@ -1,0 +1,141 @@
+"""What a server missed, within bounds that say so; and the rows of a gap, from history, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import tag
+
+from opcua_detector.api import Tag
+from opcua_detector.client import Session, forward, read_history
+from opcua_detector.client.forward import MOST_CHARS, EventsAway, Gap, bounded, rows_of_gap
+from opcua_detector.config import ServerConfig
+from opcua_detector.errors import NodeProblem
+from opcua_detector.frames import iso_utc
+from sim_server.testing import RunningPlant, running_plant
+
+S = 10**9
+T0 = 1_700_000_000 * S
+
+
+# --- events ---
+
+
+def test_only_alerts_of_the_time_away_are_told_the_newest_first_and_once() -> None:
+    away = EventsAway(24 * 3600 * S)
+    away.note(1, T0, T0 + S, "x1 is 31", T0 + S)  # seen by the server
+    assert away.end(T0 + 2 * S) == ""
+    away.begin(T0 + 10 * S)
+    away.begin(T0 + 90 * S)  # lost again before it was back: it is away since the first time
+    away.note(2, T0 + 20 * S, None, "", T0 + 20 * S)
+    away.note(2, T0 + 20 * S, None, "x1 is 32", T0 + 21 * S)
+    away.note(2, T0 + 20 * S, T0 + 30 * S, "x1 is 32", T0 + 30 * S)
+    away.note(3, T0 + 40 * S, None, "x3 is 7", T0 + 40 * S)
+    told = away.end(T0 + 100 * S)
+    day = iso_utc(T0)[:11]
+    assert told == (f"2 alerts not seen here from {day}22:13:30Z to {day}22:15:00Z; "
+                    f"no 3 from {day}22:14:00Z stands: x3 is 7; no 2 from {day}22:13:40Z to {day}22:13:50Z: x1 is 32")
+    assert away.end(T0 + 200 * S) == "" and away.dropped == 0
+    away.begin(T0 + 300 * S)
+    assert away.end(T0 + 301 * S) == ""
+
+
+def test_an_alert_that_was_raised_before_and_cleared_while_the_server_was_away_is_told() -> None:
+    away = EventsAway(24 * 3600 * S)
+    away.note(4, T0, None, "x1", T0)
+    away.begin(T0 + S)
+    away.note(4, T0, T0 + 5 * S, "x1", T0 + 5 * S)
+    assert "no 4 from" in away.end(T0 + 9 * S)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 400), st.integers(0, 300))
+def test_bounds_in_number_length_and_age_hold_and_every_alert_beyond_them_is_counted(n: int, chars: int) -> None:
+    away = EventsAway(3600 * S, most=100)
+    away.begin(T0)
+    for k in range(1, n + 1):
+        away.note(k, T0 + k * S, T0 + k * S, "y" * chars, T0 + k * 60 * S)
+    told = away.end(T0 + (n + 1) * 60 * S)
+    shown = told.count("; no ")
+    assert len(told) <= MOST_CHARS + 40 and shown <= min(n, 60)
+    assert shown + away.dropped == n  # nothing is left out in silence
+    if n:
+        assert told.startswith(f"{n} alert")
+        assert (f"{n - shown} in the store only" in told) == (shown < n)
+
+
+# --- gaps ---
+
+
+@given(st.integers(1, 10**6), st.integers(1, 2000), st.integers(0, 10**6))
+def test_of_a_long_gap_the_newest_part_is_read(rows: int, n_tags: int, most_rows: int) -> None:
+    period = 10**7
+    gap = Gap(T0, T0 + (rows + 1) * period)
+    assert gap.rows(period) == rows
+    part = bounded(gap, n_tags, period, most_rows * period)
+    assert part.before_ns == gap.before_ns and part.after_ns >= gap.after_ns
+    assert part.rows(period) <= min(rows, most_rows) and part.rows(period) * n_tags <= forward.MOST_VALUES
+    if most_rows >= rows + 1 and (rows + 1) * n_tags <= forward.MOST_VALUES:
+        assert part == gap
+
+
+@pytest.fixture(scope="module")
+def plant() -> Iterator[RunningPlant]:
+    """A plant with history."""
+    with running_plant("lorenz", history_rows=5000, seed=0) as running:
+        yield running
+
+
+def tags() -> list[Tag]:
+    """Two tags of the plant."""
+    return [Tag(one["name"], one["node"]) for one in (tag("x1"), tag("x3"))]
+
+
+def settings_of(plant: RunningPlant, folder: Path) -> ServerConfig:
+    """How to reach it."""
+    return ServerConfig(name="plant", endpoint=plant.endpoint, policy="None", insecure=True, pki=folder)
+
+
+async def test_the_slices_of_a_gap_are_its_history_row_by_row_and_nothing_else(
+    plant: RunningPlant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forward, "SLICE_VALUES", 500)
+    period = 10**7
+    session = Session(settings_of(plant, tmp_path))
+    await session.open()
+    try:
+        begin = plant.start_ns - 4000 * period
+        whole = await read_history(session, tags(), begin, plant.start_ns - 100 * period, period)
+        gap = Gap(int(whole.source_ns[500]), int(whole.source_ns[2500]))
+        parts = [record async for record in rows_of_gap(session, tags(), gap, period, lateness_ns=period, max_hold=20)]
+    finally:
+        await session.close()
+    assert len(parts) >= 7
+    stamps = np.concatenate([one.source_ns for one in parts])
+    assert (np.diff(stamps) > 0).all() and stamps[0] > gap.after_ns and stamps[-1] < gap.before_ns
+    assert np.array_equal(stamps, whole.source_ns[501:2500])
+    assert np.array_equal(np.concatenate([one.values for one in parts]), whole.values[501:2500])
+
+
+async def test_a_gap_beyond_the_history_has_no_rows_and_a_node_without_history_says_so(
+    plant: RunningPlant, tmp_path: Path,
+) -> None:
+    period = 10**7
+    session = Session(settings_of(plant, tmp_path))
+    await session.open()
+    try:
+        old = Gap(plant.start_ns - 10**6 * period, plant.start_ns - 990_000 * period)
+        assert [one async for one in rows_of_gap(session, tags(), old, period, lateness_ns=period, max_hold=20)] == []
+        lost = [Tag("a", "nsu=urn:opcua-detector:results;s=lorenz.Score")]
+        with pytest.raises(NodeProblem):
+            _ = [one async for one in rows_of_gap(session, lost, Gap(old.after_ns, old.after_ns + 100 * period), period,
+                                                  lateness_ns=period, max_hold=20)]
+    finally:
+        await session.close()
+
+
