@@ -48,7 +48,9 @@ class Tag:
 
     `node` is a NodeId (`nsu=...;s=...`) or a browse path (`/Objects/2:Plant/...`); `unit` is the engineering
     unit as displayed; `eu_range` is (low, high) in that unit; `turn` is a full turn of an angle in that unit;
-    `quality` says what a Bad or Uncertain sample does: hold the last value, mask the tag, or stop the row.
+    `quality` says what a Bad sample does: hold the last value, mask the tag, or stop the row; `uncertain` says the same
+    of an Uncertain one, `use` takes it like a Good one (Part 8, 6.3); `stale_after_ns` is the age at which a held value
+    ends, None: max_hold periods, and never for set-points, commands and states.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Tag:
     path: str = ""
     quality: Literal["hold", "mask", "stop"] = "mask"
     turn: float = 360.0
+    uncertain: Literal["use", "hold", "mask", "stop"] = "use"
+    stale_after_ns: int | None = None
 
     @property
     def judged(self) -> bool:

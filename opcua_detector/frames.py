@@ -91,7 +91,7 @@ class FrameBuilder:
         state[_k.NEWEST], state[_k.GAP_NEXT], state[_k.BOOT_SPAN] = _k.FAR_PAST, 1, START_PERIODS
         per_tag = np.zeros((_k.N_TAG_INTS, n), np.int64)
         per_tag[_k.STAMP], per_tag[_k.USED], per_tag[_k.STEP] = _k.FAR_PAST, 1, 1
-        stale_ns: list[int | None] = [getattr(tag, "stale_after_ns", None) for tag in tags]
+        stale_ns: list[int | None] = [tag.stale_after_ns for tag in tags]
         rows_held = [self.max_hold if one is None else one // self.period_ns for one in stale_ns]
         per_tag[_k.HOLD] = rows_held
         per_tag[_k.STALE] = [
@@ -99,7 +99,7 @@ class FrameBuilder:
             for tag, n, one in zip(tags, rows_held, stale_ns, strict=True)
         ]
         per_tag[_k.POLICY] = [_POLICY[tag.quality] for tag in tags]
-        per_tag[_k.UNCERTAIN] = [_POLICY[getattr(tag, "uncertain", "use")] for tag in tags]
+        per_tag[_k.UNCERTAIN] = [_POLICY[tag.uncertain] for tag in tags]
         slots = self.lateness_ns // self.period_ns + 3
         ring = np.zeros((2, slots, n), np.int64)
         ring[0] = _k.FAR_PAST

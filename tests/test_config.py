@@ -64,6 +64,11 @@ plugins: [own/plugins]
 
 # (name, line of GOOD to replace, its replacement, key, value as shown, part of what was expected)
 BAD = [
+    ("two endpoints that are one", "    timeout: 4 s", '    endpoints: ["opc.tcp://127.0.0.1:4840/"]',
+     "servers[0].endpoints", "", "differ"),
+    ("redundant endpoint of another protocol", "    timeout: 4 s", '    endpoints: ["http://127.0.0.1/"]',
+     "servers[0].endpoints", "", "opc.tcp://"),
+    ("sampling by another word", "    max_hold: 20", "    sampling: often", "groups[0].sampling", "'often'", "'poll'"),
     ("fail value that reads as no anomaly",
      '      nodes: {Heartbeat: "ns=3;s=beat"}', "      fail_values: {Score: 0.5}",
      "monitors[0].outputs.fail_values.Score", "0.5", "never just 'no anomaly'"),
@@ -444,7 +449,8 @@ def test_the_schema_accepts_what_the_config_accepts(text):
 
 BEYOND_A_SCHEMA = ("group of", "monitor of", "unknown state", "outputs on", "unknown signal", "node", "base", "signals",
                    "tag named", "range", "policy None", "user", "period too short",
-                   "endpoint of", "range protected", "expiry of", "fail value", "allow list", "lease of")
+                   "endpoint of", "range protected", "expiry of", "fail value", "allow list", "lease of",
+                   "two endpoints", "redundant")
 
 
 @pytest.mark.parametrize("case", [c for c in BAD if not c[0].startswith(BEYOND_A_SCHEMA)], ids=lambda c: c[0])

@@ -30,14 +30,6 @@ OVERFLOW = 0x480
 DISPOSED = ("used", "late", "duplicate", "replaced", "skipped")
 
 
-@dataclass(frozen=True, slots=True)
-class Strict(Tag):
-    """A tag that says what an Uncertain sample does and how old a value may get."""
-
-    uncertain: str = "use"
-    stale_after_ns: int | None = None
-
-
 # --- slow twin ---
 
 
@@ -253,7 +245,7 @@ MEASURED = [Tag("a"), Tag("b")]
 
 tags_strategy = st.lists(
     st.builds(
-        Strict,
+        Tag,
         name=st.just("t"),
         kind=st.sampled_from([TagKind.MEASURED, TagKind.SETPOINT, TagKind.COUNTER]),
         quality=st.sampled_from(["hold", "mask", "stop"]),
@@ -571,7 +563,7 @@ def test_uncertain_is_used_and_counted_and_nan_is_masked_and_counted() -> None:
     ("use", 1, 2.0), ("hold", 1, 1.0), ("mask", 0, math.nan),
 ])
 def test_an_uncertain_sample_is_used_held_over_or_masked_by_policy(uncertain: str, valid: int, value: float) -> None:
-    tags = [Strict("a", uncertain=uncertain), Tag("b")]
+    tags = [Tag("a", uncertain=uncertain), Tag("b")]
     builder = FrameBuilder(tags, P, P, 20)
     samples = [(j, T0 + k * P, 1.0 + (j == 0 and k == 9), UNCERTAIN if (j, k) == (0, 9) else GOOD)
                for k in range(12) for j in (0, 1)]
@@ -582,8 +574,8 @@ def test_an_uncertain_sample_is_used_held_over_or_masked_by_policy(uncertain: st
 
 
 def test_a_tag_with_an_age_limit_of_its_own_is_stale_after_it_whatever_its_kind() -> None:
-    tags = [Strict("short", stale_after_ns=3 * P), Strict("long", stale_after_ns=15 * P),
-            Strict("set-point", kind=TagKind.SETPOINT, stale_after_ns=6 * P), Tag("moves")]
+    tags = [Tag("short", stale_after_ns=3 * P), Tag("long", stale_after_ns=15 * P),
+            Tag("set-point", kind=TagKind.SETPOINT, stale_after_ns=6 * P), Tag("moves")]
     builder = FrameBuilder(tags, P, P, 10)
     samples = [(j, T0 + k * P, 1.0, GOOD) for k in range(40) for j in range(4) if j == 3 or k < 10]
     builder.push(*arrays(samples))

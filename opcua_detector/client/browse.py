@@ -15,6 +15,7 @@ from asyncua import ua
 from ..errors import DetectorError
 from . import wire
 from .history import read_samples
+from .limits import in_batches
 from .nodes import NodeFacts, NodeRef, nsu_text, read_facts, resolve_one
 from .session import Session
 
@@ -141,18 +142,21 @@ def _browsed(one: _Found, facts: NodeFacts | None) -> BrowsedNode:
 
 async def _children(session: Session, parents: Sequence[_Found], server_object: bool) -> list[_Found]:
     """Browse forward over hierarchical references, following continuation points."""
-    parameters = ua.BrowseParameters()
-    for parent in parents:
-        description = ua.BrowseDescription()
-        description.NodeId = parent.ref.id
-        description.BrowseDirection = ua.BrowseDirection.Forward
-        description.ReferenceTypeId = wire.node_id(ua.ObjectIds.HierarchicalReferences)
-        description.IncludeSubtypes = True
-        description.NodeClassMask = ua.NodeClass.Object | ua.NodeClass.Variable
-        description.ResultMask = ua.BrowseResultMask.All
-        parameters.NodesToBrowse.append(description)
-    parameters.RequestedMaxReferencesPerNode = 1000
-    results = await session.call(session.client.uaclient.browse(parameters), "browse")
+    def ask(part: Sequence[_Found]) -> Any:
+        parameters = ua.BrowseParameters()
+        for parent in part:
+            description = ua.BrowseDescription()
+            description.NodeId = parent.ref.id
+            description.BrowseDirection = ua.BrowseDirection.Forward
+            description.ReferenceTypeId = wire.node_id(ua.ObjectIds.HierarchicalReferences)
+            description.IncludeSubtypes = True
+            description.NodeClassMask = ua.NodeClass.Object | ua.NodeClass.Variable
+            description.ResultMask = ua.BrowseResultMask.All
+            parameters.NodesToBrowse.append(description)
+        parameters.RequestedMaxReferencesPerNode = 1000
+        return session.client.uaclient.browse(parameters)
+
+    results = await in_batches(session, "browse", parents, ask, "browse")
     found: list[_Found] = []
     open_ones: list[tuple[_Found, Any]] = list(zip(parents, results, strict=True))
     while open_ones:

@@ -138,7 +138,7 @@ class GroupFeed:
                     on_idle=self._idle,
                     keep_alive_s=max(_LEAST_KEEP_ALIVE_S, group.max_hold * group.period / 2e9),
                     period_ns=group.period,
-                    poll=getattr(group, "polled", False),
+                    poll=group.polled,
                     clock_ns=clock_ns,
                 )
 

@@ -126,7 +126,7 @@ class Session:
     ) -> None:
         self.config = config
         self.endpoint = config.endpoint
-        self.endpoints = (config.endpoint, *getattr(config, "endpoints", ()))
+        self.endpoints = (config.endpoint, *config.endpoints)
         self._securities = {
             one: secure.Security(config.model_copy(update={"endpoint": one})) for one in self.endpoints
         }

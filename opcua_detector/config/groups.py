@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from ..api import Tag, TagKind
-from .units import DurationNs, Name, NodeText, Section, node_text
+from .units import POLL, DurationNs, Name, NodeText, Sampling, Section, node_text
 
 
 class TagConfig(Section):
@@ -22,6 +22,8 @@ class TagConfig(Section):
     description: str = ""
     path: str = ""
     quality: Literal["hold", "mask", "stop"] = "mask"
+    uncertain: Literal["use", "hold", "mask", "stop"] = "use"
+    stale_after: DurationNs | None = None
     turn: float = Field(default=360.0, gt=0)
     server: str = ""
 
@@ -35,7 +37,7 @@ class TagConfig(Section):
     def tag(self) -> Tag:
         """Return the tag as the engine knows it."""
         return Tag(self.name, self.node, self.kind, self.unit, self.eu_range, self.decimals,
-                   self.description, self.path, self.quality, self.turn)
+                   self.description, self.path, self.quality, self.turn, self.uncertain, self.stale_after)
 
 
 class GroupConfig(Section):
@@ -44,7 +46,7 @@ class GroupConfig(Section):
     name: Name
     server: str
     period: DurationNs
-    sampling: DurationNs | None = None
+    sampling: Sampling | None = None
     publishing: DurationNs | None = None
     lateness: DurationNs | None = None
     max_hold: int = Field(default=20, ge=1, le=100000)
@@ -58,9 +60,14 @@ class GroupConfig(Section):
         return value
 
     @property
+    def polled(self) -> bool:
+        """Whether the group is read once per period although the server could report changes (`sampling: poll`)."""
+        return self.sampling == POLL
+
+    @property
     def sampling_ns(self) -> int:
         """Requested SamplingInterval: half the period, since at the period itself 15-25 % of changes are lost."""
-        return self.period // 2 if self.sampling is None else self.sampling
+        return self.period // 2 if self.sampling is None or self.polled else self.sampling
 
     @property
     def publishing_ns(self) -> int:

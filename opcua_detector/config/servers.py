@@ -17,6 +17,7 @@ from .writing import WritingConfig
 class ServerConfig(Section):
     """One OPC UA server and how to log in.
 
+    endpoints : further servers of the same redundant set; their ServiceLevel decides which one is used
     server_certificate : pinned, in place of the trust list `<pki>/trusted`
     expected_host : host name or address that the server's certificate must carry, where a gateway makes the endpoint
         another one
@@ -25,6 +26,7 @@ class ServerConfig(Section):
 
     name: Name
     endpoint: str
+    endpoints: tuple[str, ...] = ()
     policy: Literal["None", "Basic256Sha256", "Aes128Sha256RsaOaep", "Aes256Sha256RsaPss"] = "Basic256Sha256"
     mode: Literal["Sign", "SignAndEncrypt"] = "SignAndEncrypt"
     insecure: bool = False
@@ -41,15 +43,21 @@ class ServerConfig(Section):
     timeout: DurationNs = 4 * 10**9
     writing: WritingConfig = WritingConfig()
 
-    @field_validator("endpoint")
+    @field_validator("endpoint", "endpoints")
     @classmethod
-    def _endpoint(cls, value: str) -> str:
+    def _endpoint(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, tuple):
+            for one in value:
+                cls._endpoint(one)
+            return value
         if not re.match(r"^opc\.tcp://[^/\s:]+(:\d+)?(/\S*)?$|^opc\.tcp://\[[0-9a-fA-F:]+\](:\d+)?(/\S*)?$", value):
             raise ValueError("an endpoint such as 'opc.tcp://192.0.2.10:4840/'")
         return value
 
     @model_validator(mode="after")
     def _secure(self) -> ServerConfig:
+        if len({self.endpoint, *self.endpoints}) <= len(self.endpoints):
+            raise Wrong("servers that differ from each other and from 'endpoint'", ("endpoints",))
         if self.policy == "None" and not self.insecure:
             raise Wrong("policy Basic256Sha256, or 'insecure: true' typed beside 'policy: None'", ("policy",), "None")
         if self.user and self.policy == "None":

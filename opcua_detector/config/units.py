@@ -37,6 +37,22 @@ def _size(value: Any) -> int:
     return _quantity(value, UNITS_BYTES, "2 GB")
 
 
+POLL = -1  # `sampling: poll`
+
+
+def _sampling(value: Any) -> int:
+    if value == "poll":
+        return POLL
+    try:
+        return _duration(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 'poll'") from None
+
+
+Sampling = Annotated[
+    int, BeforeValidator(_sampling),
+    WithJsonSchema({"type": "string", "pattern": r"^(poll|\d+(\.\d+)? ?(us|ms|s|min|h|d))$"}),
+]
 DurationNs = Annotated[
     int, BeforeValidator(_duration),
     WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?(us|ms|s|min|h|d)$"}),

@@ -226,10 +226,10 @@ class ServiceCollector(Collector):
             "publishing_interval_seconds": "The publishing interval that the server revised.",
         })
         for name, feed in list(self._service.feeds.items()):
-            known = feed.builder.counters().keys() | {"frame_errors"}
+            known = feed.builder.counters().keys() | {"frame_errors", "clock_jumps", "ahead_of_clock"}
             counts.add((name,), {key: n for key, n in feed.counters().items() if key in known})
             for server, one in feed.subscriptions.items():
-                streams.add((name, server), one.counters)
+                streams.add((name, server), one.counts)
                 ms = one.revised.publishing_ms
                 gauges.add((name, server), tags=len(one.items), tags_failing=sum(bool(i.reason) for i in one.items),
                            publishing_interval_seconds=None if ms != ms else ms / 1e3)

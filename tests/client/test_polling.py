@@ -26,15 +26,8 @@ from .conftest import WAIT_S, OddServer, Rows, group_config, server_config
 PERIOD = 50_000_000
 
 
-class Polled(GroupConfig):
-    """A group that asks for `sampling: poll`."""
-
-    polled: bool = True
-
-
-def polled(**changes: Any) -> Polled:
-    usual = group_config(**({"period": "50 ms"} | changes))
-    return Polled.model_construct(**{name: getattr(usual, name) for name in GroupConfig.model_fields}, polled=True)
+def polled(**changes: Any) -> GroupConfig:
+    return group_config(**({"period": "50 ms", "sampling": "poll"} | changes))
 
 
 @pytest_asyncio.fixture

@@ -22,12 +22,6 @@ from .conftest import WAIT_S, OddServer, Rows, group_config, server_config
 ACTIVE, STANDBY, DEGRADED = 255, 199, 100
 
 
-class Redundant(ServerConfig):
-    """A server with others of the same set beside it."""
-
-    endpoints: tuple[str, ...] = ()
-
-
 async def set_level(odd: OddServer, level: int, state: ua.ServerState = ua.ServerState.Running) -> None:
     """Let a server state how well it can serve."""
     server = odd.server
@@ -54,9 +48,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "LAST_DELAY_S", 0.3)
 
 
-def config_of(*servers: OddServer, **changes: Any) -> Redundant:
+def config_of(*servers: OddServer, **changes: Any) -> ServerConfig:
     usual = server_config(servers[0].endpoint, timeout="2 s", **changes)
-    return Redundant(**{name: getattr(usual, name) for name in ("name", "endpoint", "policy", "insecure")},
+    return ServerConfig(**{name: getattr(usual, name) for name in ("name", "endpoint", "policy", "insecure")},
                      timeout="2 s", endpoints=tuple(one.endpoint for one in servers[1:]))
 
 
@@ -184,7 +178,7 @@ async def test_a_degraded_server_is_taken_in_the_end_and_left_for_a_better_one(
 
 
 async def test_a_set_of_which_nobody_answers_is_told_as_one_server_would_be() -> None:
-    one = Session(Redundant(name="plant", endpoint="opc.tcp://127.0.0.1:9/", policy="None", insecure=True,
+    one = Session(ServerConfig(name="plant", endpoint="opc.tcp://127.0.0.1:9/", policy="None", insecure=True,
                             timeout="1 s", endpoints=("opc.tcp://127.0.0.1:10/",)))
     with pytest.raises(ServerUnreachable, match="open the connection"):
         await one.open()
