@@ -223,8 +223,9 @@ def test_stream_batch_and_oracle_agree_over_gaps_masks_states_windows_and_roles(
     expected, expected_terms, expected_values = oracle_score.score_rows(residual, gap, state, c)
     assert_allclose(terms, expected_terms, rtol=1e-12, atol=1e-12)
     assert_allclose(values, expected_values, rtol=1e-10, atol=1e-10)
-    columns = [SCORE, SLOW, TRANS, BOUND, CONF]
-    assert_allclose(outs[:, columns], expected[:, columns], rtol=1e-10, atol=1e-10)
+    assert_allclose(outs[:, [SCORE, SLOW]], expected[:, [SCORE, SLOW]], rtol=1e-10, atol=1e-10)
+    told = [TRANS, BOUND, CONF]  # running means of plain residuals: a 1e7 that has left leaves its rounding behind
+    assert_allclose(outs[:, told], expected[:, told], rtol=1e-10, atol=1e-8)
     for t in np.flatnonzero(outs[:, LEAD] != expected[:, LEAD]):  # two views may tie to rounding
         ours, theirs = (oracle_score.counted(c.views[int(v)], oracle_score.ratio(
             c.views[int(v)], values[t, int(v)], c.limit[state[t], int(v)])) for v in (outs[t, LEAD], expected[t, LEAD]))
