@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class NormalityModel:
         return tuple(known.get(name) or Tag(name, kind=TagKind.STATE if name == self.state_tag else TagKind.MEASURED)
                      for name in self.facts.get("given", list(known)))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash over header and arrays, hexadecimal."""
         return _digest(*self._content())

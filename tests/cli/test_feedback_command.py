@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +241,7 @@ def test_a_new_fit_is_never_overwritten_with_an_older_adapted_model(bench: Bench
         desk = Desk(config, bench.file, store)
         desk.model("lorenz")
         model = load_model(bench.model)
-        other = type(model)(**{**model.__dict__, "facts": {**model.facts, "rows": 1}})
+        other = replace(model, facts={**model.facts, "rows": 1})
         other.save(bench.model)  # somebody fits again while a service is running
         stamp = START_NS + (HEALTHY + 1000 + bench.onset) * PERIOD_NS
         entry = FeedbackEntry("anna", "false alarm", "lorenz", None, stamp, stamp + 100 * PERIOD_NS,
