@@ -91,6 +91,7 @@ class Item:
     textual: bool = False
     item_id: int | None = None
     doubted: bool = False  # its node was gone: it delivers again when a value says so
+    renew: bool = False  # and is monitored anew, whatever the old item still sent (a value may overtake the news)
 
 
 @dataclass(slots=True)
@@ -216,7 +217,7 @@ class Subscription:
         self._id = None
         for item in self.items:
             item.reason = "not connected"
-            item.item_id, item.polled, item.doubted = None, "", False
+            item.item_id, item.polled, item.doubted, item.renew = None, "", False, False
         self._doubted[:] = False
         if self._alive:
             self._alive = False
@@ -297,7 +298,7 @@ class Subscription:
                 self._fails(item, ref.what)
                 continue
             polled += item.polled != why
-            item.polled = why
+            item.polled, item.renew = why, False
             if item.doubted or item.reason:
                 self._doubt(item)  # whether it delivers its first answer tells
             self.poller.add(item.column, ref.id)
@@ -362,7 +363,7 @@ class Subscription:
         to_poll: dict[str, list[Item]] = {}
         for (item, ref), (name, result) in zip(ready, answers, strict=True):
             if result is not None:
-                item.item_id = int(result.MonitoredItemId)
+                item.item_id, item.renew = int(result.MonitoredItemId), False
                 item.revised_sampling_ms = float(result.RevisedSamplingInterval)
                 item.revised_queue = int(result.RevisedQueueSize)
                 item.polled = ""
@@ -440,7 +441,7 @@ class Subscription:
             await asyncio.sleep(delay)
             if self._client is not client:
                 return
-            failing = [item for item in self.items if item.reason]
+            failing = [item for item in self.items if item.reason or item.renew]
             if not failing or self.session.state is not LinkState.CONNECTED:
                 delay = _RETRY_FIRST_S
             try:
@@ -562,6 +563,7 @@ class Subscription:
             item = self._by_column.get(int(columns[i]))
             if item is not None:
                 self._doubt(item)
+                item.renew = True
                 self._fails(item, wire.status_name(int(status[i]) & 0xFFFF0000))
         for column in columns[~gone & self._doubted[columns]]:
             self._delivers(self._by_column[int(column)])
