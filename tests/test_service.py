@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from asyncua import Client, ua
 from running import PLANT, RESULTS, result_nodes, until, write
-from serving import SEED, configuration, fit_models, healthy, nodes_say, running, scoring, stored
+from serving import SEED, configuration, healthy, nodes_say, running, scoring, stored
 
 from opcua_detector.app import fit_config
 from opcua_detector.client import LinkState
@@ -34,18 +33,6 @@ def plant() -> Iterator[RunningPlant]:
     """A plant that the tests here share; those that kill one have their own."""
     with running_plant("lorenz", history_rows=100, seed=SEED) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit_models(tmp_path_factory.mktemp("service-models"))
-
-
-@pytest.fixture
-def folder(_models: Path, tmp_path: Path) -> Path:
-    """A folder with the fitted model."""
-    shutil.copytree(_models, tmp_path / "models")
-    return tmp_path
 
 
 # --- outages ---

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 from asyncua import Client
 from running import PLANT, RESULTS, until, write
-from serving import SEED, configuration, fit_models, nodes_say, running, scoring, stored
+from serving import SEED, configuration, nodes_say, running, scoring, stored
 
 from opcua_detector.client import LinkState
 from opcua_detector.client.observer import Observer
@@ -39,18 +38,6 @@ def plant() -> Iterator[RunningPlant]:
     """A plant that the tests here share."""
     with running_plant("lorenz", history_rows=100, seed=SEED) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit_models(tmp_path_factory.mktemp("fault-models"))
-
-
-@pytest.fixture
-def folder(_models: Path, tmp_path: Path) -> Path:
-    """A folder with the fitted model."""
-    shutil.copytree(_models, tmp_path / "models")
-    return tmp_path
 
 
 async def call(endpoint: str, method: str, *arguments: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 from asyncua import Client
 from plant.proxy import ChaosProxy
 from running import RESULTS, until, write
-from serving import SEED, configuration, fit_models, nodes_say, running, scoring, stored
+from serving import SEED, configuration, nodes_say, running, scoring, stored
 
 from opcua_detector.client.lease import Role
 from opcua_detector.client.observer import Observer
@@ -37,17 +37,12 @@ def plant() -> Iterator[RunningPlant]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit_models(tmp_path_factory.mktemp("lease-models"))
-
-
 @pytest.fixture
-def two(_models: Path, tmp_path: Path) -> tuple[Path, Path]:
+def two(lorenz_models: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Two folders, as on two machines, each with the fitted model."""
     folders = tmp_path / "a", tmp_path / "b"
     for folder in folders:
-        shutil.copytree(_models, folder / "models")
+        shutil.copytree(lorenz_models, folder / "models")
     return folders
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from plant.proxy import ChaosProxy
 from running import PLANT, RESULTS, until, write
-from serving import SEED, configuration, fit_models, name_copies, nodes_say, running, scoring, stored
+from serving import SEED, configuration, name_copies, nodes_say, running, scoring, stored
 
 from opcua_detector.alarms import ConnectionAlarm
 from opcua_detector.client import LinkState
@@ -31,18 +30,6 @@ def plant() -> Iterator[RunningPlant]:
     """A plant that the tests here share; its process runs on whatever becomes of connections."""
     with running_plant("lorenz", history_rows=100, seed=SEED) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit_models(tmp_path_factory.mktemp("outage-models"))
-
-
-@pytest.fixture
-def folder(_models: Path, tmp_path: Path) -> Path:
-    """A folder with the fitted model."""
-    shutil.copytree(_models, tmp_path / "models")
-    return tmp_path
 
 
 @pytest.fixture

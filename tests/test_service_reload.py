@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from running import write
-from serving import SEED, configuration, fit_models, running, scoring, stored
+from serving import SEED, configuration, running, scoring, stored
 
 from opcua_detector.model import NormalityModel
 from opcua_detector.model import load as load_model
@@ -21,18 +20,6 @@ def plant() -> Iterator[RunningPlant]:
     """A plant that the tests here share."""
     with running_plant("lorenz", history_rows=100, seed=SEED) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit_models(tmp_path_factory.mktemp("reload-models"))
-
-
-@pytest.fixture
-def folder(_models: Path, tmp_path: Path) -> Path:
-    """A folder with the fitted model."""
-    shutil.copytree(_models, tmp_path / "models")
-    return tmp_path
 
 
 async def test_a_damaged_or_foreign_model_at_a_reload_leaves_the_last_good_one_in_force(
