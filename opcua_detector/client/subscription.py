@@ -387,7 +387,8 @@ class Subscription:
         request.Parameters.TimestampsToReturn = ua.TimestampsToReturn.Both
         span_ns = max(self._publishing_ns, int(BURST_S * 1e9))
         sampling_ms = self.session.limits.profile.sampling(self._sampling_ns / 1e6)
-        queue = 10 if sampling_ms == 0 else math.ceil(span_ns / (sampling_ms * 1e6)) + 2
+        every_ms = sampling_ms or (self._period_ns or self._publishing_ns) / 1e6
+        queue = math.ceil(span_ns / (every_ms * 1e6)) + 2
         for item, ref in ready:
             one = ua.MonitoredItemCreateRequest()
             one.ItemToMonitor.NodeId = ref.id

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 FAULTS = [
     Fault("cut", f.cut, OUTAGE),
-    Fault("reset", f.reset, OUTAGE),
+    Fault("reset", f.reset, OUTAGE, long=True),
     Fault("reset in the middle of an answer", f.reset_in_answer, OUTAGE),
-    Fault("reset in the middle of a request", f.reset_in_request, OUTAGE),
+    Fault("reset in the middle of a request", f.reset_in_request, OUTAGE, long=True),
     Fault("reset at every step of the log-in", f.reset_at_every_step_of_the_log_in, (*OUTAGE, "failed_attempts")),
     Fault("blackhole", f.blackhole, OUTAGE),
     Fault("half open, server not heard", f.half_open_server_mute, OUTAGE),
-    Fault("half open, client not heard", f.half_open_client_mute, OUTAGE),
-    Fault("refused for a while", f.refused_for_a_while, (*OUTAGE, "failed_attempts")),
+    Fault("half open, client not heard", f.half_open_client_mute, OUTAGE, long=True),
+    Fault("refused for a while", f.refused_for_a_while, (*OUTAGE, "failed_attempts"), long=True),
     Fault("short stall", f.short_stall, still=("lost", "reconnects", "gaps", "overflowed")),
     Fault("subscription deleted", f.subscription_deleted, ("gaps",)),
     Fault("subscription expired", f.subscription_expired, ("rebuilt", "gaps"), still=("reconnects",)),
