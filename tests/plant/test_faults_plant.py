@@ -119,8 +119,8 @@ async def test_an_item_beyond_the_servers_limit_is_polled_and_monitored_when_the
 
 
 async def test_a_queue_that_runs_over_is_counted_and_a_gap(folder: Path, tmp_path: Path, quick: None) -> None:
-    """Sampling 0 asks for a short queue; while the answers are held up the server throws values away and says so."""
-    with second_vendor(tmp_path, least_queue=10) as server:
+    """A server that grants a short queue; while the answers are held up it throws values away and says so."""
+    with second_vendor(tmp_path, queue=10) as server:
         async with rigged(server, folder, group={"sampling": "0 ms"}) as rig:
             await rig.strike_begins()
             rig.proxy.stall(TO_CLIENT)

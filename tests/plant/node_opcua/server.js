@@ -155,7 +155,7 @@ function options() {
         maxConnectionsPerEndpoint: 200,
         // A loaded test machine holds the process up for tenths of a second; the queue is not what is tried here.
         onCreateMonitoredItem: async (subscription, item) => {
-            item.queueSize = Math.max(item.queueSize, settings.least_queue ?? 200);
+            item.queueSize = settings.queue ?? Math.max(item.queueSize, 200);
         },
     };
     if (settings.users) {
