@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .api import Channel, Float64, Int64, Plugin, Record, UInt8
+from .api import Channel, Float64, Int64, MethodModel, Plugin, Record, UInt8
 from .errors import RecordError
 from .kernels.score import (
     BESIDE,
@@ -80,6 +80,8 @@ class Calibration:
     weight : float64[n_states, n_terms]; offset : float64[n_states, n_views]; limit : float64[n_states, n_views]
     notes : what the record cannot support
     floor : float64[n_channels]; a residual counts as no smaller: the resolution of the tag; no entry: all 0
+    absent : float64[n_channels, n_columns]; times by which a residual grows while a column is missing, at least 1; no
+        entry: not known (`opcua_detector.absence`)
     """
 
     channels: tuple[Channel, ...]
@@ -99,6 +101,7 @@ class Calibration:
     limit: Float64
     notes: tuple[str, ...] = field(default=())
     floor: Float64 = field(default_factory=lambda: np.zeros(0))
+    absent: Float64 = field(default_factory=lambda: np.zeros((0, 0)))
 
     def in_logs(self, view: View) -> bool:
         """Whether a view adds logarithms of its terms: those of squares, a surprise is a logarithm already."""
@@ -215,25 +218,29 @@ class Scorer:
 
 def held_out_residuals(
     plugin: Plugin, record: Record, params: Any, full: Float64, channels: Sequence[Channel] = (),
+    whole: MethodModel | None = None,
 ) -> Float64:
     """Return float64[n, n_channels] residuals of rows that the fitted model has not seen.
 
     `full` : float64[n, n_channels]; residuals of the model fitted on everything. A plugin that does not learn
     gives those at once, since it has seen none of the record. `channels` : those of `full`; a channel that a fold
-    does not have (a tag that stood still in the other folds) is NaN there.
+    does not have (a tag that stood still in the other folds) is NaN there. `whole` : the model fitted on everything.
 
-    A plugin that spends time on what no residual hangs on may have a `fit_fold(record, params)`, which leaves it out.
+    A plugin that chooses by the record, or spends time on what no residual hangs on, may have a
+    `fit_fold(record, params, whole)`, which chooses as `whole` did and leaves that out.
     """
     if not plugin.learns:
         return full
-    learn = getattr(plugin, "fit_fold", plugin.fit)
+    fold_of = getattr(plugin, "fit_fold", None)
     n = len(record)
     bounds = np.linspace(0, n, FOLDS + 1).astype(np.int64)
     out = np.full_like(full, np.nan)
     rows = np.arange(n)
     for start, stop in pairwise(bounds):
         rest = np.concatenate([rows[:start], rows[stop:]])
-        method = plugin.open(learn(record.take(rest), params), record.tags)
+        part = record.take(rest)
+        model = plugin.fit(part, params) if fold_of is None or whole is None else fold_of(part, params, whole)
+        method = plugin.open(model, record.tags)
         # Some rows before the fold warm the method up, so that the fold itself is judged whole.
         early = max(0, start - method.memory - method.lag)
         fold = method.residuals(record.rows(int(early), int(stop)))[start - early:]

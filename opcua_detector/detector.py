@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .absence import Absence
 from .allowances import Allowances
 from .api import Explanation, Float64, Int64, Method, MethodModel, Record, Tag, TagKind, UInt8, Verdict
 from .app import methods_of, only_nonlinear
@@ -67,6 +68,7 @@ class Detector:
         self._methods: list[Method] = [
             plugin.open(m, columns) for plugin, m in zip(self._plugins, normality.methods, strict=True)]
         self._allowances = Allowances.of(normality)
+        self._absence = Absence.of(normality.calibration, self._methods)
 
     @property
     def limit(self) -> float:
@@ -108,6 +110,8 @@ class Detector:
         state = state_rows(self.normality, record)
         if self._allowances is not None:
             residual = self._allowances.rows(columns, state, residual)
+        if self._absence is not None:
+            residual = self._absence.rows(columns, residual)
         return self.normality.calibration.score_rows(residual, own.gap, state)
 
     def record(self, rows: ArrayLike, times: ArrayLike | None = None, valid: ArrayLike | None = None) -> Record:

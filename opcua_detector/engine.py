@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from .absence import Absence
 from .alarms import AlertState
 from .allowances import Allowances
 from .api import (
@@ -179,6 +180,7 @@ class RowMonitor:
         self._state_at = names.index(model.state_tag) if model.state_tag else -1
         self._state_index = {value: i for i, value in enumerate(model.calibration.states)}
         self._allowances = Allowances.of(model)
+        self._absence = Absence.of(model.calibration, self.methods)
         self._alert = AlertState(alert.on_delay_ns, alert.off_delay_ns)
         self._guards = Guards(model.facts.get("guards", {}), names)
         self._pauses = Pauses(names, inhibit=alert.inhibit, maintenance=alert.maintenance, state_tag=model.state_tag,
@@ -277,6 +279,8 @@ class RowMonitor:
         state = self._state(frame)
         if self._allowances is not None:
             self._allowances.step(values, valid, gap, state, self._residual)
+        if self._absence is not None:
+            self._absence.step(valid, gap, self._residual)
         self._scorer.step(self._residual, state)
         self._judge(frame, state)
         return self.verdict

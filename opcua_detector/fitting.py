@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .absence import learn_absence
 from .api import Float64, Int64, Method, MethodModel, Plugin, Record, Tag, TagKind, UInt8
 from .calibration import FOLDS, MIN_HELD_OUT, Calibration, calibrate, held_out_residuals
 from .columns import ColumnPlan, make_plan, usable_tags
@@ -117,6 +118,7 @@ def fit_monitor(
     strange: list[str] = []
     held_out: list[Float64] = []
     as_learnt: list[Float64] = []
+    opened: list[tuple[Method, Record, Float64]] = []
     for label, (name_of, plugin, params) in zip(labels, methods, strict=True):
         if name_of in only_nonlinear and not is_nonlinear(parts):
             continue
@@ -128,7 +130,8 @@ def fit_monitor(
         full = method.residuals(rows)
         progress(f"calibrating {label}")
         as_learnt.append(full)
-        held_out.append(held_out_residuals(plugin, rows, _resolved(params, fitted), full, method.channels))
+        opened.append((method, rows, full))
+        held_out.append(held_out_residuals(plugin, rows, _resolved(params, fitted), full, method.channels, fitted))
         if plugin.learns:
             learnt.append(label)
         else:
@@ -142,6 +145,10 @@ def fit_monitor(
     guards = learn_guards(own, _usual_errors(tags, columns, parts, residual))
     calibration = calibrate(parts, residual, gap, judged, states, windows, record.period_ns / 1e9,
                             false_alarms_per_day, learnt, _resolutions(guards, columns, parts))
+    if len(tags) > 1:
+        progress("hiding each tag in turn")
+        absent = learn_absence(opened, columns, plan.index.tolist(), calibration.windows)
+        calibration = replace(calibration, absent=absent)
     guards["still"] = _stand_still(models, plan, guards["tags"], int(calibration.windows[0]))
     span = np.array([np.quantile(columns.values[columns.valid[:, c] != 0, c], [0.01, 0.99])
                      for c in range(len(plan.columns))])
@@ -308,9 +315,6 @@ def _usual_errors(tags: Sequence[Tag], columns: Record, parts: Sequence[Part], h
 def _resolved(params: Any, fitted: MethodModel) -> Any:
     """Return the parameters with what the fit chose by itself, so that the folds do not choose again."""
     chosen = {f.name: fitted.params[f.name] for f in fields(params) if f.name in fitted.params}
-    share = fitted.params.get("nonlinear_share")
-    if share is not None and chosen.get("nonlinear") == "auto":
-        chosen["nonlinear"] = "on" if share == 1.0 else "off" if share == 0.0 else "auto"
     return replace(params, **chosen)
 
 

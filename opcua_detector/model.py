@@ -23,9 +23,9 @@ from .columns import ColumnPlan, make_plan
 from .errors import ModelFileError, ModelTagsError
 from .views import View
 
-FORMAT = 2
+FORMAT = 3
 _CALIBRATION_ARRAYS = ("transform", "slot", "windows", "grid", "level", "used", "tail", "scale", "usual", "weight",
-                       "offset", "limit", "floor")
+                       "offset", "limit", "floor", "absent")
 _ADAPTED = "adapted/"
 
 

@@ -17,6 +17,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 
+from .absence import Absence
 from .allowances import Allowances
 from .api import Cause, Explanation, Float64, Int64, Method, Record, UInt8
 from .explain import clarity, plain_name, rank, sentence
@@ -187,7 +188,7 @@ class Reasons:
                     found[tag] = found.get(tag, 0.0) + cause.share
         residual = self._residual(rows)
         if not found:
-            found = self._excess(residual, rows, window)
+            found = self._excess(self._without_absence(self._record(rows), residual), rows, window)
         peaks = self._peaks(residual[-window:])
         found = _added(found, {(self._owner[c], kind) for (c, kind), peak in peaks.items() if peak >= 1.0})
         return dict(sorted(found.items(), key=lambda item: -item[1]))
@@ -215,6 +216,10 @@ class Reasons:
     def _residual(self, rows: Rows) -> Float64:
         record = self._record(rows)
         return np.concatenate([method.residuals(record) for method in self.methods], axis=1)
+
+    def _without_absence(self, record: Record, residual: Float64) -> Float64:
+        absence = Absence.of(self.model.calibration, self.methods)
+        return residual if absence is None else absence.rows(record, residual)
 
     def _broken(self, rows: Rows, since: int, now: Float64) -> set[tuple[str, str]]:
         """Return (column, kind) of the limits by itself that a column broke since the event began."""
@@ -275,6 +280,7 @@ class Reasons:
         allowances = Allowances.of(self.model)
         if allowances is not None:
             residual = allowances.rows(record, state, residual)
+        residual = self._without_absence(record, residual)
         return float(self.model.calibration.score_rows(residual, record.gap, state)[-1, SCORE])
 
 

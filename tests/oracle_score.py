@@ -92,11 +92,16 @@ def filled(k, j, start, residual, state, calibration):
     return now if spoken else c.usual[max(state[k], 0), j]
 
 
-def term(members, window, t, start, residual, state, calibration):
-    """Mean energy over channels and one trailing window; NaN where less than half of it is known."""
-    entries = [filled(k, j, start, residual, state, calibration) for k in range(t - window + 1, t + 1) for j in members]
-    known = [x for x in entries if not math.isnan(x)]
-    return math.fsum(known) / len(known) if known and 2 * len(known) >= len(entries) else math.nan
+def term(members, window, t, start, residual, state, calibration, fixed):
+    """Mean energy over channels and one trailing window; NaN where less than half of it is known. What is not known
+    counts as the healthy mean of the state of now, but for channels with a limit of their own (`fixed`)."""
+    rows = range(t - window + 1, t + 1)
+    entries = {(k, j): filled(k, j, start, residual, state, calibration) for k in rows for j in members}
+    known = [x for x in entries.values() if not math.isnan(x)]
+    usual = [calibration.usual[max(state[t], 0), j] for (_, j), x in entries.items() if math.isnan(x)]
+    if not known or 2 * len(known) < len(entries):
+        return math.nan
+    return math.fsum(known) / len(known) if fixed else math.fsum(known + usual) / len(entries)
 
 
 def soft(x):
@@ -121,7 +126,8 @@ def score_step(residual, gap, state, t, calibration):
     best, lead, slow = math.nan, -1.0, math.nan
     at = 0
     for v, view in enumerate(c.views):
-        own = [term(group, int(c.windows[w]), t, start, residual, state, c) for group, w in view.terms]
+        own = [term(group, int(c.windows[w]), t, start, residual, state, c, view.role == "fixed")
+               for group, w in view.terms]
         weights = c.weight[s, at:at + len(own)]
         at += len(own)
         terms += own

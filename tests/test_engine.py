@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+from opcua_detector.absence import Absence
 from opcua_detector.api import (
     BAD_DATA_UNAVAILABLE,
     BAD_WAITING_FOR_INITIAL_DATA,
@@ -55,6 +56,7 @@ def batch(model, methods, record):
     """Score and the paper's residuals of each row by the array calls: float64[n, 6]."""
     columns = model.plan.prepare(record.select([tag.name for tag in model.tags]))
     residual = np.concatenate([method.residuals(columns) for method in methods], axis=1)
+    residual = Absence.of(model.calibration, methods).rows(columns, residual)
     return model.calibration.score_rows(residual, columns.gap, np.zeros(len(record), np.int64))
 
 

@@ -141,8 +141,8 @@ def test_a_method_used_twice_gets_a_name_of_its_own():
 
 def test_progress_names_each_method_while_it_is_fitted_and_calibrated():
     said = []
-    fit(noise_record(3000, ["a"]), progress=said.append)
-    assert said == ["fitting deviation", "calibrating deviation"]
+    fit(noise_record(3000, ["a", "b"]), progress=said.append)
+    assert said == ["fitting deviation", "calibrating deviation", "hiding each tag in turn"]
 
 
 # -- bad records ------------------------------------------------------------------------------------------------

@@ -103,19 +103,20 @@ class RegressionPlugin:
         correction float64[*, h + p + 1]; rms, inner, usual float64[2, j], held out, forecast and relation: scaled
         rms, that of the 95 % smallest errors, mean energy in the latter (see `regression_fit.energy`).
         """
-        return self._learn(record, params, described=True)
+        return self._learn(record, params, None)
 
-    def fit_fold(self, record: Record, params: RegressionParams) -> MethodModel:
-        """Learn what `fit` learns for residuals; rms, inner and usual are NaN (see `calibration.held_out_residuals`).
+    def fit_fold(self, record: Record, params: RegressionParams, whole: MethodModel) -> MethodModel:
+        """Learn from a part of a record what `fit` learnt for residuals of the whole, with corrections of the same
+        columns; rms, inner and usual are NaN (see `calibration.held_out_residuals`).
 
         Raises
         ------
         RecordError
             As `fit`.
         """
-        return self._learn(record, params, described=False)
+        return self._learn(record, params, whole)
 
-    def _learn(self, record: Record, params: RegressionParams, *, described: bool) -> MethodModel:
+    def _learn(self, record: Record, params: RegressionParams, whole: MethodModel | None) -> MethodModel:
         names = [tag.name for tag in record.tags]
         inert = [tag.name for tag in record.tags if not tag.judged]
         if len(inert) == len(names):
@@ -123,7 +124,8 @@ class RegressionPlugin:
                 "no tag is judged", where=", ".join(names),
                 next_step="give the monitor at least one tag of kind measured, counter or angle")
         ordered = record.select([*inert, *(tag.name for tag in record.tags if tag.judged)])
-        arrays, facts = learn(ordered, params, len(inert), described=described)
+        corrected = None if whole is None else whole.arrays["corrected"] >= 0
+        arrays, facts = learn(ordered, params, len(inert), described=whole is None, corrected=corrected)
         return MethodModel(
             plugin=self.name, columns=tuple(tag.name for tag in ordered.tags), period_ns=record.period_ns,
             params={**dataclasses.asdict(params), **facts}, arrays=arrays)

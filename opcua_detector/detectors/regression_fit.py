@@ -90,7 +90,7 @@ class Layout(NamedTuple):
 
 
 def learn(
-    record: Record, params: Any, inert: int, *, described: bool = True,
+    record: Record, params: Any, inert: int, *, described: bool = True, corrected: Bool | None = None,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
     """Return the arrays of the model and facts: how many of the judged columns that move at all are nonlinear.
 
@@ -104,6 +104,7 @@ def learn(
     inert : int, how many those are
     described : whether the arrays that tell of errors (rms, inner, usual) are wanted; if not they are NaN, which saves
         half of the work where there is no correction
+    corrected : bool[j]; the columns that keep the correction, where that is not to be chosen
 
     Raises
     ------
@@ -131,13 +132,14 @@ def learn(
     first = int(rows.size * (1.0 - HELD_OUT))
     head, tail = gram(z, rows[:first], params.lags), gram(z, rows[first:], params.lags)
     linear = solve(head + tail, rows.size, layout, params)
-    early = solve(head, first, layout, params) if described or params.nonlinear != "off" else linear
+    alone = params.nonlinear == "off" or (corrected is not None and not corrected.any())
+    early = linear if alone and not described else solve(head, first, layout, params)
     arrays: dict[str, NDArray[Any]] = {
         "mean": columns.mean, "inverse": columns.inverse,
         "low": _scaled(columns.low, columns), "high": _scaled(columns.high, columns),
         "partners": layout.partners.astype(np.int32), "forecast": linear.forecast, "relation": linear.relation,
     }
-    correction = Correction(z, good, record, layout, params, columns.inverse[inert:] > 0.0)
+    correction = Correction(z, good, record, layout, params, columns.inverse[inert:] > 0.0, corrected)
     nonlinear, found = correction.learn(early.forecast, linear.forecast)
     arrays |= nonlinear
     if described:
@@ -357,8 +359,9 @@ class Correction:
     (median error of the throttle's voltage 1e-2 -> 3e-7).
     """
 
-    def __init__(self, z: Float64, good: Bool, record: Record, layout: Layout, params: Any, moving: Bool) -> None:
-        self.z, self.layout, self.params, self.moving = z, layout, params, moving
+    def __init__(self, z: Float64, good: Bool, record: Record, layout: Layout, params: Any, moving: Bool,
+                 chosen: Bool | None = None) -> None:
+        self.z, self.layout, self.params, self.moving, self.chosen = z, layout, params, moving, chosen
         d = layout.d
         self.behind = max(params.lags, min(params.feature_lags, MOST_INPUTS // d))
         self.inputs = self.behind * d + layout.inert
@@ -388,11 +391,15 @@ class Correction:
         the same past (by a tenth; of rows that leave what was learnt the typical error tells, not the mean square),
         or where its errors have heavy tails: squares of those would be drowned by what nobody can foresee. The
         throttle with 1 % noise is of the latter kind: beside the setpoint's jumps a linear map forecasts it as well.
+
+        Where the columns are `chosen` already, none of this is asked: a model of a part of the record, by which the
+        limits are set, must not be of another kind than the model that runs.
         """
         nothing: dict[str, NDArray[Any]] = {
             "corrected": np.full(early.shape[0], -1), "directions": np.zeros((0, 0)), "offsets": np.zeros(0),
             "correction": np.zeros((0, 1))}
-        mode, h = self.params.nonlinear, int(self.params.features)
+        mode, h, chosen = self.params.nonlinear, int(self.params.features), self.chosen
+        mode = mode if chosen is None else "on" if chosen.any() else "off"
         if mode == "off" or self.rows.size < (MIN_ROWS_NONLINEAR if mode == "auto" else MIN_ROWS):
             return nothing, NOTHING
         first = int(self.rows.size * (1.0 - HELD_OUT))
@@ -413,7 +420,7 @@ class Correction:
                     design, left[:, one], head.size, sums.column(int(i)), ridge[one], error[:, one], weights[:, one])
             inner = _inner_rms(error) <= (1.0 - LEAST_CUT) * _inner_rms(y_out)
             keep = clear | (inner & (_rms(error) <= (1.0 + MOST_LOSS) * _rms(y_out)) & self.moving)
-            keep = self.moving if mode == "on" else keep
+            keep = self.moving & (True if chosen is None else chosen) if mode == "on" else keep
         kept = np.flatnonzero(keep)
         if kept.size == 0:
             return nothing, NOTHING

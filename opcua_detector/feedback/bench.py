@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..absence import Absence
 from ..alarms import AlertState
 from ..allowances import REGRESSION, Allowances
 from ..api import Float64, Int64, Method, MethodModel, Record, UInt8
@@ -78,11 +79,14 @@ class Bench:
         return np.concatenate([self.method(m)[1] for m in methods], axis=1)
 
     def allowed(self, model: NormalityModel) -> Float64:
-        """Return float64[n, n_channels] with the allowances of a model."""
+        """Return float64[n, n_channels] with the allowances of a model, and less what missing tags add."""
         signed = self.signed(model.methods)
         residual = np.abs(signed)
         allowances = Allowances.of(model)
-        return residual if allowances is None else allowances.rows(self.columns, self.state, residual, signed)
+        if allowances is not None:
+            residual = allowances.rows(self.columns, self.state, residual, signed)
+        absence = Absence.of(model.calibration, [self.method(m)[0] for m in model.methods])
+        return residual if absence is None else absence.rows(self.columns, residual)
 
     def views(self, model: NormalityModel) -> tuple[Float64, Float64]:
         """Return (score float64[n], score of each view float64[n, n_views]) under a model."""

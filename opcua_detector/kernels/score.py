@@ -192,7 +192,7 @@ def _push(residual, ints, ring, raw, memory, cursor):
 @njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1])", cache=True, nogil=True,
       error_model="numpy")
 def _judge(state, ints, tables, memory, out):
-    """Form terms, views and the score from the sums; half of what a term can hold must be there."""
+    """Form terms, views and the score from the sums; half of what a term can hold must be there, the rest is usual."""
     n, n_windows, n_terms, n_views = ints[0], ints[1], ints[2], ints[3]
     wc = n_windows * n
     windows_at = HEADER + 3 * n
@@ -208,13 +208,19 @@ def _judge(state, ints, tables, memory, out):
         value, product = 0.0, 1.0
         for t in range(ints[views_at + v], ints[views_at + v + 1]):
             w = ints[first_at + 2 * n_terms + t]
-            total, count = 0.0, 0.0
+            total, count, usual = 0.0, 0.0, 0.0
+            size = float(ints[windows_at + w])
             first, last = ints[first_at + t], ints[first_at + n_terms + t]
             for m in range(first, last):
                 c = ints[members_at + m]
+                known = memory[wc + w * n + c]
                 total += memory[w * n + c]
-                count += memory[wc + w * n + c]
-            enough = count * 2.0 >= (last - first) * ints[windows_at + w] and count > 0.0
+                count += known
+                usual += (size - known) * tables[max(state, 0), n + c]
+            enough = count * 2.0 >= (last - first) * size and count > 0.0
+            if enough and role != FIXED:  # what is missing counts as usual: a mean over less would vary more
+                total += usual
+                count = (last - first) * size
             stat = max(total, 0.0) / count if enough else np.nan
             memory[stat_at + t] = stat
             if state < 0 or not enough:
