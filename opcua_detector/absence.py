@@ -20,7 +20,7 @@ from .kernels.absence import lower_absent
 from .views import FIXED_KINDS
 
 HIDDEN_ROWS: Final = 60_000  # over all tags, and
-LEAST_HIDDEN: Final = 300  # of each: rows on which a tag is hidden
+LEAST_HIDDEN: Final = 200  # of each: rows on which a tag is hidden
 DROPPED: Final = (1, 2, 5, 12, 40)  # rows for which a tag is lost now and then, in the first half of them
 WHOLE: Final = 100  # rows at most that it is there in between, for a method that looks back so far, and
 BETWEEN: Final = 20  # more
@@ -66,9 +66,8 @@ def learn_absence(
             lost = _lost(len(part), early, start, length, min(reach, WHOLE) + BETWEEN)
             valid[lost[:, None], hidden] = 0
             blind = method.residuals(replace(part, valid=valid))[start - early:]
-            for c in np.flatnonzero(kinds):
-                times = _growth(blind[:, c], full[start:start + length, c], windows, float(usual[c]))
-                table[c, gone] = times
+            times = _growth(blind[:, kinds], full[start:start + length, kinds], windows, usual[kinds])
+            table[np.ix_(kinds, np.array(gone))] = times[:, None]
         blocks.append(table)
     return np.concatenate(blocks)
 
@@ -85,23 +84,31 @@ def _lost(n: int, early: int, start: int, length: int, between: int) -> Int64:
     return found[found < n].astype(np.int64)
 
 
-def _growth(blind: Float64, plain: Float64, windows: Iterable[int], usual: float) -> float:
-    """Return by how much the root mean squares of float64[n] are above those of another, at least 1."""
+def _growth(blind: Float64, plain: Float64, windows: Iterable[int], usual: Float64) -> Float64:
+    """Return float64[k]: by how much the root mean squares of float64[n, k] are above those of another, at least 1.
+
+    usual : float64[k]; mean square of each over the whole record
+    """
     both = ~np.isnan(blind) & ~np.isnan(plain)
-    a, b = blind[both] ** 2, plain[both] ** 2
-    most = 1.0
+    a, b = np.where(both, blind, 0.0) ** 2, np.where(both, plain, 0.0) ** 2
+    least = LEAST_PLAIN * np.where(usual > 0.0, usual, 1.0)
+    most = np.ones(blind.shape[1])
     for w in (1, *windows):
-        if len(a) < 2 * w or not usual > 0.0:
+        if len(a) < 2 * w:
             continue
-        high = _means(a, w), _means(b, w)
-        for (x, y) in ((np.quantile(high[0], HIGH), np.quantile(high[1], HIGH)), (high[0].max(), high[1].max())):
-            most = max(most, float(x) / max(float(y), LEAST_PLAIN * usual))
-    return float(np.sqrt(most))
+        there = _sums(both.astype(np.float64), w)
+        x, y = (_sums(one, w) / np.maximum(there, 1.0) for one in (a, b))
+        at = min(len(x) - 1, int(HIGH * len(x)))
+        for high, low in ((np.partition(x, at, axis=0)[at], np.partition(y, at, axis=0)[at]),
+                          (x.max(axis=0), y.max(axis=0))):
+            np.maximum(most, high / np.maximum(low, least), out=most)
+    return np.sqrt(most)
 
 
-def _means(x: Float64, w: int) -> Float64:
-    total = np.concatenate([[0.0], np.cumsum(x)])
-    return np.maximum(total[w:] - total[:-w], 0.0) / w
+def _sums(x: Float64, w: int) -> Float64:
+    """Return float64[n - w + 1, k]: sums over w rows of float64[n, k]."""
+    total = np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(x, axis=0)])
+    return np.maximum(total[w:] - total[:-w], 0.0)
 
 
 class Absence:
