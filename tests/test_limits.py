@@ -190,6 +190,17 @@ def test_a_view_beside_the_leading_ones_that_the_record_cannot_support_never_ala
     assert outs[-1, SCORE] > 1  # the leading one, whose limit stands above all that was seen, alarms
 
 
+def test_parts_of_a_record_that_do_not_agree_on_the_limit_are_told():
+    """In the third fifth some rows err twice as much, as where its model is the worse one: all alarms lie there."""
+    x = errors(N, 6, 0.0, 5)
+    zeros = np.zeros(N, np.uint8), np.zeros(N, np.int64)
+    assert calibrate(predictors("abc", nonlinear=False), x, *zeros, [0], (), PERIOD_S, 1000.0).notes == ()
+    for at in range(41_000, 60_000, 1000):
+        x[at:at + 12] *= 2.0
+    (note,) = calibrate(predictors("abc", nonlinear=False), x, *zeros, [0], (), PERIOD_S, 1000.0).notes
+    assert "do not agree on the limit: of 12 alarms" in note and "cannot be vouched for" in note
+
+
 def test_a_leading_view_is_never_switched_off():
     for n in (300, 1000, 4000):
         c = calibrate(predictors("ab", nonlinear=False), errors(n, 4, 0.0, 4), np.zeros(n, np.uint8),
