@@ -14,11 +14,12 @@ from .api import BAD_DATA_UNAVAILABLE, Explanation, Verdict
 from .client import WriteBack
 from .config import MonitorConfig
 from .engine import Monitor
-from .nodes import NO_SCORE, STATE_TEXTS, TOP, State
+from .nodes import INSECURE, NO_SCORE, STATE_TEXTS, TOP, State
 
 EXPLAIN_AGAIN_NS = 1_000_000_000  # while an alert stands its explanation follows the situation this often
 SLOW_EVERY_NS = 1_000_000_000
 NOTHING_VALID = "Bad: no tag has a valid value"
+INSECURE_WORDS = " (INSECURE connection)"  # behind StateText: who looks at an HMI must see it without looking for it
 # Whoever reads one of these knows a silent detector from a healthy plant; who reads IsAnomaly alone does not.
 TELLING = frozenset({"Score", "State", "StateText", "Quality"})
 _EMPTY_CAUSES: Mapping[str, Any] = {
@@ -31,16 +32,20 @@ _EMPTY_CAUSES: Mapping[str, Any] = {
 class MonitorRun:
     """One monitor in operation: its outputs, its explanation and what the terminal shows of it.
 
+    insecure : a server that it reads from or writes to is connected with `insecure: true`
+
     Attributes
     ----------
     state : of `nodes.State`
     bad : why there is no verdict, while the state is "no data" or "fault"
+    refused : why the model file was not taken at the last reload; empty where it was
     cut_off : servers of the group that are not connected
     stepped_s : time.monotonic() of the last row that was worked on
     """
 
-    def __init__(self, config: MonitorConfig, monitor: Monitor, back: WriteBack | None) -> None:
-        self.config, self.monitor, self.back = config, monitor, back
+    def __init__(self, config: MonitorConfig, monitor: Monitor, back: WriteBack | None, *,
+                 insecure: bool = False) -> None:
+        self.config, self.monitor, self.back, self.insecure = config, monitor, back, insecure
         self.explanation: Explanation | None = None
         self.explaining = False
         self.latency_ms = math.nan
@@ -48,7 +53,7 @@ class MonitorRun:
         self.raised_ns = 0
         self.peak = math.nan
         self.state = State.WARMING_UP
-        self.bad = ""
+        self.bad = self.refused = ""
         self.cut_off: tuple[str, ...] = ()
         self.stepped_s = time.monotonic()
         self.alerts: list[Explanation] = []
@@ -64,20 +69,25 @@ class MonitorRun:
         return f"standby, {words}" if self.standby else words
 
     @property
+    def node_text(self) -> str:
+        """What the StateText node says: the state in words, and whether a connection is insecure."""
+        return STATE_TEXTS[self.state] + (INSECURE_WORDS if self.insecure else "")
+
+    @property
     def standby(self) -> bool:
         """Whether another instance writes the outputs of this monitor."""
         return self.back is not None and not self.back.may_write(self.config.name)
 
     @property
     def quality(self) -> str:
-        """What the Quality node says: of the verdict, of connections, and of outputs that cannot be written."""
+        """What the Quality node says: of the verdict, of connections, of outputs and of a model that is not taken."""
         cut = f"no connection to {', '.join(self.cut_off)}" if self.cut_off else ""
         if self.state in (State.NO_DATA, State.FAULT):
             text = f"Bad: {cut}" if cut else self.bad or NOTHING_VALID
         else:
             text = f"{self.monitor.verdict.quality}; {cut}" if cut else self.monitor.verdict.quality
         trouble = self.back.trouble(self.config.name) if self.back is not None else ""
-        return f"{text}; {trouble}" if trouble else text
+        return "; ".join(part for part in (text, trouble, self.refused) if part)
 
     @property
     def top_tags(self) -> list[tuple[str, float]]:
@@ -120,8 +130,9 @@ class MonitorRun:
     def slow(self, verdict: Verdict, lost: int, superseded: int) -> dict[str, Any]:
         """Return texts and counters."""
         self._told_state, self._quality, self._told_ns = self.state, verdict.quality, verdict.source_ns
-        return {"StateText": STATE_TEXTS[self.state], "Quality": self.quality, "ModelId": verdict.model_id,
-                "Limit": 1.0, "LostSamples": lost, "SupersededWrites": superseded, **self.cause_values()}
+        return {"StateText": self.node_text, INSECURE: self.insecure, "Quality": self.quality,
+                "ModelId": verdict.model_id, "Limit": 1.0, "LostSamples": lost, "SupersededWrites": superseded,
+                **self.cause_values()}
 
     def cause_values(self) -> dict[str, Any]:
         """Return explanation, top tags and causes; empty texts while no alert stands."""
@@ -140,14 +151,15 @@ class MonitorRun:
         """Note that there is no verdict, and why; return (fast, slow) words for the nodes."""
         self.state, self.bad = state, bad
         words = fail_words(self.outputs, state, self.quality, self._given_words)
-        return _split(words)
+        return _split(words | {"StateText": self.node_text, INSECURE: self.insecure})
 
     def last_words(self) -> dict[str, Any]:
         """Return what the nodes say once the detector has stopped.
 
         An alert that nobody watches any more must not stand for ever; State and Score say that this is no all-clear.
+        With the service its connections end, insecure ones too.
         """
-        ended = {"IsAnomaly": False, "Severity": 0, **_EMPTY_CAUSES}
+        ended = {"IsAnomaly": False, "Severity": 0, INSECURE: False, **_EMPTY_CAUSES}
         return ended | fail_words(self.outputs, State.STOPPED, "Bad: the detector was stopped", self._given_words)
 
     @property

@@ -27,7 +27,9 @@ The rule, for period P:
 6. *Gap.* No sample of any tag for more than max_hold periods, a lost connection, or a Bad sample of a tag
    with quality `stop`: the next row carries the gap flag. The grid keeps its phase; the rows of such a hole
    are not made, those of a shorter one are held. While a connection is idle, `advance` makes held rows up to
-   max_hold.
+   max_hold. A lost connection lasts until every tag that had delivered before it has delivered again, with whatever
+   status, or for `RETURN_NS` of rows at most: subscriptions come back one after the other, and a row of some of the
+   tags is none that a method has learnt.
 7. *Clock set back.* When nothing but stamps older than max_hold arrives, the grid starts again there, as a
    gap.
 
@@ -46,12 +48,16 @@ from .errors import RecordError
 from .kernels import rows as _k
 
 START_PERIODS = 8
+# From the first row after a loss: a server that sends its first values later than this does not have them.
+RETURN_NS = 10 * 10**9
 _BAD = 0x80000000
 _POLICY = {"hold": _k.POLICY_HOLD, "mask": _k.POLICY_MASK, "stop": _k.POLICY_STOP, "use": _k.POLICY_USE}
 _NO_INDEX = np.empty(0, np.int32)
 _NO_STAMPS = np.empty(0, np.int64)
 _NO_VALUES = np.empty(0, np.float64)
 _NO_STATUS = np.empty(0, np.uint32)
+# What is counted of a row when it closes; a row that is withheld takes it back.
+_OF_ROWS = np.array([_k.C_HELD, _k.C_MASKED, _k.C_STALE, _k.C_ROWS, _k.C_GAPS])
 
 Int32 = NDArray[np.int32]
 COUNTERS = _k.COUNTERS
@@ -113,6 +119,14 @@ class FrameBuilder:
         self._inner = (state, per_tag, np.zeros((2, n)), ring, np.zeros((slots, n)))
         self._boot = (np.zeros((3, kept), np.int64), np.zeros(kept))
         self._outer = (self._out, self._values, self._valid, self._status, self.counts)
+        # After a loss rows are closed one by one, so that what one of them has counted is known.
+        self._one = (
+            np.zeros((2, 1), np.int64), np.zeros((1, n)), np.zeros((1, n), np.uint8), np.zeros((1, n), np.uint32),
+            self.counts,
+        )
+        self._lost = np.zeros(n, np.bool_)  # tags that have not delivered since the connection was lost
+        self._returning_since_ns: int | None = None  # the first row that was withheld
+        self._gap_owed = False
         self._position = np.zeros(1, np.int64)
         self._input: tuple[Int32, Int64, Float64, UInt32] = (_NO_INDEX, _NO_STAMPS, _NO_VALUES, _NO_STATUS)
         self._watermark = _k.FAR_PAST
@@ -153,7 +167,10 @@ class FrameBuilder:
         return self._begin()
 
     def connection_lost(self) -> int:
-        """Close what has samples and end every hold: the next row is a gap; return rows ready."""
+        """Close what has samples and end every hold: the next row is a gap; return rows ready.
+
+        It has all tags again that were there before, see rule 6.
+        """
         self._demand_drained()
         self._losing = True
         return self._begin()
@@ -215,36 +232,69 @@ class FrameBuilder:
         if not self._more:
             return False
         self._read = 0
-        self._state[_k.OUT_N] = 0
+        while True:
+            self._state[_k.OUT_N] = 0
+            withholding = bool(self._lost.any())
+            before = self.counts.copy() if withholding else self.counts
+            result = self._run(self._one if withholding else self._outer)
+            ready = bool(self._state[_k.OUT_N])
+            if ready and withholding:
+                ready = self._pass_on(before)
+            if result == _k.DONE:
+                if self._losing:
+                    self._returning_since_ns = None
+                self._more = self._flush = self._losing = False
+                self._watermark = _k.FAR_PAST
+                self._input = (_NO_INDEX, _NO_STAMPS, _NO_VALUES, _NO_STATUS)
+                return ready
+            if ready:
+                return True
+
+    def _run(self, outer: tuple[Int64, Float64, UInt8, UInt32, NDArray[np.uint64]]) -> int:
+        """Call the kernel for what is to be done, into these arrays; its result is DONE or FULL."""
         if self._losing:
-            result = _k.lose_connection(*self._inner, *self._outer)
-        else:
+            known = self._per_tag[_k.KNOWN] == 1
+            known |= (self._ring[0] != _k.FAR_PAST).any(axis=0)
+            lost: int = _k.lose_connection(*self._inner, *outer)
+            if lost == _k.DONE:
+                self._lost |= known
+            return lost
+        result: int = _k.close_rows(
+            *self._inner, *self._boot, *outer, *self._input, self._position, self._watermark, self._flush
+        )
+        if result == _k.UNSORTED:
+            order = np.argsort(self._input[1], kind="stable")
+            self._input = tuple(part[order] for part in self._input)  # type: ignore[assignment]
             result = _k.close_rows(
-                *self._inner,
-                *self._boot,
-                *self._outer,
-                *self._input,
-                self._position,
-                self._watermark,
-                self._flush,
+                *self._inner, *self._boot, *outer, *self._input, self._position, self._watermark, self._flush
             )
-            if result == _k.UNSORTED:
-                order = np.argsort(self._input[1], kind="stable")
-                self._input = tuple(part[order] for part in self._input)  # type: ignore[assignment]
-                result = _k.close_rows(
-                    *self._inner,
-                    *self._boot,
-                    *self._outer,
-                    *self._input,
-                    self._position,
-                    self._watermark,
-                    self._flush,
-                )
-        if result == _k.DONE:
-            self._more = self._flush = self._losing = False
-            self._watermark = _k.FAR_PAST
-            self._input = (_NO_INDEX, _NO_STAMPS, _NO_VALUES, _NO_STATUS)
-        return bool(self._state[_k.OUT_N])
+        return result
+
+    def _pass_on(self, before: NDArray[np.uint64]) -> bool:
+        """Pass on the row that was closed alone, or withhold it while a lost tag has not delivered again.
+
+        before : uint64[len(COUNTERS)]; counters before it closed
+        """
+        out, values, valid, status, _ = self._one
+        if self._returning_since_ns is None:
+            self._returning_since_ns = int(out[0, 0])
+        self._lost &= status[0] == _k.WAITING
+        # Below 0 where the clock was set back meanwhile, which would make it a long wait.
+        if self._lost.any() and 0 <= out[0, 0] - self._returning_since_ns < RETURN_NS:
+            self._state[_k.OUT_N] = 0
+            self._gap_owed |= bool(out[1, 0])
+            used = self.counts[_k.C_USED] - before[_k.C_USED]
+            self.counts[_k.C_USED] -= used
+            self.counts[_k.C_SKIPPED] += used
+            self.counts[_OF_ROWS] = before[_OF_ROWS]
+            return False
+        self._lost[:] = False
+        if self._gap_owed and not out[1, 0]:
+            out[1, 0] = 1
+            self.counts[_k.C_GAPS] += np.uint64(self.counts[_k.C_ROWS] > 1)
+        self._gap_owed = False
+        self._out[:, 0], self._values[0], self._valid[0], self._status[0] = out[:, 0], values[0], valid[0], status[0]
+        return True
 
     def _chunk(self) -> tuple[Int64, Float64, UInt8]:
         """Copy all rows ready now; the caller calls `_refill` for the next ones (whole records)."""

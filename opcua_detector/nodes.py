@@ -69,11 +69,13 @@ RESULT_NODES: tuple[ResultNode, ...] = (
 SIGNALS = {node.signal: node for node in RESULT_NODES}
 
 # Written beside the results where the server has them; never configured one by one.
-LEASE, EVENTS_AWAY = "Lease", "EventsAway"
+LEASE, EVENTS_AWAY, INSECURE = "Lease", "EventsAway", "Insecure"
 EXTRA_NODES: tuple[ResultNode, ...] = (
     ResultNode(LEASE, "String", "which of several detectors writes these nodes: its name, its life, a counter, a word"),
     ResultNode(EVENTS_AWAY, "String", "alerts that were raised or cleared while this server could not be written: "
                "number, from, to, why; the newest first"),
+    ResultNode(INSECURE, "Boolean", "a server that this monitor reads or writes is connected with insecure: true, not "
+               "encrypted or not checked; StateText says so too"),
 )
 RESULT_SIGNALS = SIGNALS | {node.signal: node for node in EXTRA_NODES}
 

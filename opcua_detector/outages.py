@@ -89,7 +89,10 @@ class ConnectionAlarms:
 
 @dataclass
 class GapFiller:
-    """Fills the gaps in the recording of one group from the server's history.
+    """Fills the gaps in the recording of one group from the history of its servers.
+
+    A gap is one of the whole group, whichever of its servers was away: all of them are asked for it, and rows are
+    made where each has something to tell. Where one keeps no history of a tag the gap stays.
 
     The rows are a recording of their own, whose note says where they come from. They are not scored: the verdicts of
     the time away were never given, and an alert of an hour ago asks nobody to act now; `replay` and `evaluate` judge
@@ -148,11 +151,9 @@ class GapFiller:
                 self._left(gap, repr(error))
 
     async def _fill(self, gap: Gap) -> None:
-        servers = {tag.server or self.group.server for tag in self.group.tags}
-        if self.most_ns <= 0 or len(servers) > 1:
-            self._left(gap, "history is read from one server" if len(servers) > 1 else "backfill is 0")
+        if self.most_ns <= 0:
+            self._left(gap, "backfill is 0")
             return
-        session = self.sessions[servers.pop()]
         n_tags, period_ns = len(self.group.tags), self.group.period
         part = bounded(gap, n_tags, period_ns, self.most_ns)
         beyond = gap.rows(period_ns) - part.rows(period_ns)
@@ -164,7 +165,7 @@ class GapFiller:
         for k in range(_TRIES):
             await asyncio.sleep(self.settle_s if k == 0 else _AGAIN_S)
             try:
-                rows += await self._read(session, part)
+                rows += await self._read(part)
                 break
             except ConnectionProblem as problem:
                 why = problem.what
@@ -177,18 +178,23 @@ class GapFiller:
         self.counters["gaps_filled"] += 1
         self._audit("gap filled", gap, {"rows": rows, "of": gap.rows(period_ns)})
         log.warning("group %s: %d of %d rows from %s to %s were read back from the history of %s", self.group.name,
-                    rows, gap.rows(period_ns), iso_utc(gap.after_ns), iso_utc(gap.before_ns), session.config.name)
+                    rows, gap.rows(period_ns), iso_utc(gap.after_ns), iso_utc(gap.before_ns), ", ".join(self._servers))
 
-    async def _read(self, session: Session, part: Gap) -> int:
+    @property
+    def _servers(self) -> list[str]:
+        return list(dict.fromkeys(tag.server or self.group.server for tag in self.group.tags))
+
+    async def _read(self, part: Gap) -> int:
         """Read one gap and store it; return how many rows there were. What was stored before an error stays."""
         rows = 0
         begin = part.after_ns
-        async for record in rows_of_gap(session, group_tags(self.group), part, self.group.period,
+        sources = [self.sessions[tag.server or self.group.server] for tag in self.group.tags]
+        async for record in rows_of_gap(sources, group_tags(self.group), part, self.group.period,
                                         lateness_ns=self.group.lateness_ns, max_hold=self.group.max_hold):
             name = f"{self.group.name} backfill {iso_utc(int(record.source_ns[0]))[:23]}Z"
-            note = f"backfill: read from the history of {session.config.name} after a gap, not scored"
+            note = f"backfill: read from the history of {', '.join(self._servers)} after a gap, not scored"
             await asyncio.to_thread(self.store.write_record, name, record, group=self.group.name,
-                                    server=session.config.name, note=note)
+                                    server=self.group.server, note=note)
             begin = int(record.source_ns[-1])
             rows += len(record)
             self.counters["backfilled_rows"] += len(record)

@@ -83,6 +83,8 @@ class SimConfig(BaseModel):
         Named accounts.
     pki_dir
         Where the server's certificate is kept; None makes a new one for this run only.
+    certificate, private_key
+        Files of a pair (DER, PEM) that is used as it is, however wrong or expired, in place of one from ``pki_dir``.
     nodesets
         NodeSet2 files to load; None loads ``results.NodeSet2.xml`` beside this module if it is there.
     namespaces_before
@@ -112,6 +114,8 @@ class SimConfig(BaseModel):
     anonymous: bool | None = None
     users: tuple[User, ...] = ()
     pki_dir: Path | None = None
+    certificate: Path | None = None
+    private_key: Path | None = None
     nodesets: tuple[Path, ...] | None = None
     namespaces_before: tuple[str, ...] = ()
     refuse_write_timestamps: bool = False
@@ -165,6 +169,10 @@ def load_config(path: Path, overrides: Mapping[str, Any] = _NOTHING) -> SimConfi
     changes: dict[str, Any] = {}
     if config.pki_dir is not None and "pki_dir" not in overrides:
         changes["pki_dir"] = folder / config.pki_dir
+    for name in ("certificate", "private_key"):
+        file = getattr(config, name)
+        if file is not None and name not in overrides:
+            changes[name] = folder / file
     if config.nodesets is not None and "nodesets" not in overrides:
         changes["nodesets"] = tuple(folder / one for one in config.nodesets)
     return config.model_copy(update=changes)

@@ -7,6 +7,7 @@ The quirks (`sim_server.quirks`) are about samples; these are about the server t
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ DISTURBANCES: Final = MappingProxyType(
         "type": "A tag changes its type: <tag>=<Double, Float, Int32, Boolean or String>",
         "read_only": "The result nodes whose name begins so can no longer be written",
         "writable": "The result nodes whose name begins so can be written again",
+        "clock": "The server's clock is so many ms ahead of the true time (negative: behind), in answers and stamps",
     }
 )
 """Name -> meaning of it and of its argument."""
@@ -42,6 +44,7 @@ _TYPES: Final = MappingProxyType(
 _WRITE: Final = 0b10
 
 _USUAL_PUBLISH_LIMIT: Final = UaProcessor.publish_request_limit
+_USUAL_SEND: Final = UaProcessor.send_response
 
 
 class Disturber:
@@ -59,6 +62,8 @@ class Disturber:
         Writable result nodes.
     set_type
         Called with (tag, type) when a tag changes its type.
+    set_clock
+        Called with the offset of the server's clock, ns, when it jumps.
     """
 
     def __init__(
@@ -68,12 +73,14 @@ class Disturber:
         process: str,
         results: Sequence[ua.NodeId],
         set_type: Callable[[str, ua.VariantType], None],
+        set_clock: Callable[[int], None],
     ) -> None:
         self._server = server
         self._namespace = namespace
         self._process = process
         self._results = tuple(results)
         self._set_type = set_type
+        self._set_clock = set_clock
         self._removed: dict[ua.NodeId, Any] = {}
         self._do: Mapping[str, Callable[[str], Awaitable[None]]] = {
             name: getattr(self, f"_{name}") for name in DISTURBANCES
@@ -126,6 +133,20 @@ class Disturber:
             return limit or _USUAL_PUBLISH_LIMIT(processor, subscription_count)
 
         UaProcessor.publish_request_limit = limited  # type: ignore[assignment,method-assign]
+
+    async def _clock(self, argument: str) -> None:
+        """SourceTimestamps are set by the quirk ``skew_ms``: many a device has its own clock."""
+        try:
+            offset = timedelta(milliseconds=float(argument))
+        except (ValueError, OverflowError) as error:
+            raise QuirkError(f"argument {argument!r}", "argument", argument, "milliseconds") from error
+
+        def shifted(processor: UaProcessor, handle: int, sequence: Any, response: Any, *more: Any) -> None:
+            response.ResponseHeader.Timestamp += offset
+            _USUAL_SEND(processor, handle, sequence, response, *more)
+
+        UaProcessor.send_response = shifted if offset else _USUAL_SEND  # type: ignore[method-assign]
+        self._set_clock(offset // timedelta(microseconds=1) * 1000)
 
     # -- nodes -------------------------------------------------------------------------------------
 

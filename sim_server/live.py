@@ -78,6 +78,7 @@ class LivePlant:
         self._wall_clock_ns = wall_clock_ns
         self._clock_s = clock_s
         self._sleep_s = sleep_s
+        self._offset_ns = 0
         self._truth = False
         self._fault_text = ""
         self._status = {0: status_code(0)}
@@ -104,6 +105,10 @@ class LivePlant:
         """Publish a tag in another type from the next row on."""
         self._kinds[[one.name for one in self._plant.tags].index(tag)] = kind
 
+    def set_clock(self, offset_ns: int) -> None:
+        """Let ServerTimestamps be off the true time from the next row on; ns, positive is ahead."""
+        self._offset_ns = offset_ns
+
     async def _publish(self) -> None:
         row, process = self.row, self._plant.process
         stamp_ns = self._start_ns + row * self._plant.period_ns
@@ -111,7 +116,9 @@ class LivePlant:
             await self.show_factors()
         values = self._plant.step()
         # simulated time runs ahead of the wall clock at any other speed, and both stamps must agree
-        server_stamp = to_datetime(self._wall_clock_ns() if self._speed == 1.0 else stamp_ns)
+        server_stamp = to_datetime(
+            (self._wall_clock_ns() if self._speed == 1.0 else stamp_ns) + self._offset_ns
+        )
         for sample in self._reporter.report(row, stamp_ns, values):
             await self._write(sample, server_stamp)
         await self._show_truth(stamp_ns, server_stamp)

@@ -44,6 +44,7 @@ QUIRKS: Final = MappingProxyType(
         "swap": ("probability that a sample arrives after its successor", 0.0, 1.0),
         "duplicate": ("probability of a second sample of the same stamp, off by the last bit", 0.0, 1.0),
         "overload": ("probability of status GoodOverload", 0.0, 1.0),
+        "inf": ("probability of the value infinity with Good status", 0.0, 1.0),
     }
 )
 """Name -> (meaning, lowest value, highest value); 0 switches a quirk off."""
@@ -218,6 +219,8 @@ class _TagReporter:
         status = GOOD
         if self._hit(active, "nan", row):
             value = math.nan
+        if self._hit(active, "inf", row):
+            value = math.inf
         if self._hit(active, "bad", row):
             status = BAD
         elif self._hit(active, "uncertain", row):
@@ -290,7 +293,7 @@ class Reporter:
         Raises
         ------
         QuirkError
-            Unknown tag or quirk, a value outside its range, or NaN for a tag of whole numbers.
+            Unknown tag or quirk, a value outside its range, or NaN or infinity for a tag of whole numbers.
         """
         if quirk not in QUIRKS:
             raise QuirkError(f"quirk {quirk!r} is not known", "quirk", quirk, f"one of {', '.join(QUIRKS)}")
@@ -299,11 +302,11 @@ class Reporter:
             raise QuirkError(f"quirk {quirk}: value {value}", "value", value, f"{low:g} .. {high:g}")
         rule = QuirkRule(quirk, float(value), start_row, stop_row)
         for i in self._indices(tag):
-            if quirk == "nan" and self.tags[i].kind == "state":
+            if quirk in ("nan", "inf") and self.tags[i].kind == "state":
                 if tag == ALL_TAGS:
                     continue
                 raise QuirkError(
-                    f"tag {tag} holds whole numbers and cannot be NaN", "tag", tag, "a Double tag"
+                    f"tag {tag} holds whole numbers and cannot be NaN or infinity", "tag", tag, "a Double tag"
                 )
             self._tags[i].add(rule)
 

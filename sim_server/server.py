@@ -143,7 +143,12 @@ class PlantServer:
             self.config.speed,
         )
         self._disturber = Disturber(
-            server, nodes.namespace, self.plant.process.name, nodes.results, self._live.set_type
+            server,
+            nodes.namespace,
+            self.plant.process.name,
+            nodes.results,
+            self._live.set_type,
+            self._live.set_clock,
         )
 
     async def run(self) -> None:
@@ -206,6 +211,10 @@ class PlantServer:
             description.Server.DiscoveryUrls = [self.endpoint]
 
     async def _load_certificate(self) -> None:
+        if self.config.certificate is not None and self.config.private_key is not None:
+            await self._server.load_certificate(self.config.certificate)
+            await self._server.load_private_key(self.config.private_key)
+            return
         folder = self.config.pki_dir
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="opcua-detector-pki-")

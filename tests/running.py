@@ -21,6 +21,7 @@ from opcua_detector.nodes import SIGNALS
 
 PLANT = "nsu=urn:opcua-detector:simulated-plant;s="
 RESULTS = "nsu=urn:opcua-detector:results;s="
+NOWHERE = "opc.tcp://127.0.0.1:1/"  # an endpoint, for what never connects
 WAIT_S = 90.0
 _STORE_SIDE_FILES = ("-wal", "-shm", ".lock")
 
@@ -45,6 +46,14 @@ def content(endpoint: str, *, tags: list[dict[str, Any]] | None = None, outputs:
                     "tags": tags or [tag("x1"), tag("x3")]}],
         "monitors": [monitor],
     }
+
+
+def two_methods(endpoint: str) -> dict[str, Any]:
+    """The Lorenz monitor with a linear and a nonlinear method and the windows that the plant gives."""
+    given = content(endpoint)
+    given["monitors"][0]["methods"] = ["regression", "transition"]
+    del given["monitors"][0]["windows"]
+    return given
 
 
 def write(folder: Path, configuration: Mapping[str, Any], name: str = "plant.yaml") -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import content, write
+from running import NOWHERE, two_methods, write
 
 from opcua_detector.api import Frame, Record
 from opcua_detector.app import fit_config, group_tags, keep_fitted, open_monitors
@@ -49,10 +49,7 @@ class Running:
 @pytest.fixture(scope="module")
 def _once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("answers")
-    given = content("opc.tcp://127.0.0.1:1/")
-    given["monitors"][0] |= {"methods": ["regression", "transition"]}
-    del given["monitors"][0]["windows"]
-    file = write(folder, given)
+    file = write(folder, two_methods(NOWHERE))
     plant = make("lorenz", seed=1)
     plant.simulate(1000)
     rows = plant.simulate(12_000)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from asyncua import Client, ua
-from running import PLANT, RESULTS, cli, content, until, write
+from running import NOWHERE, PLANT, RESULTS, cli, two_methods, until, write
+from serving import SEED, fit_models
 
-from opcua_detector.api import Frame, Record, Tag
-from opcua_detector.app import fit_config, group_tags
+from opcua_detector.api import Frame, Tag
 from opcua_detector.client.observer import Observer
-from opcua_detector.config import GroupConfig, load
+from opcua_detector.config import load
 from opcua_detector.feedback import DAY_NS, journal
 from opcua_detector.feedback.desk import ANSWERED, EXPIRED, FORECAST
 from opcua_detector.feedback.hmi import parse
@@ -27,24 +27,10 @@ from opcua_detector.model import load as load_model
 from opcua_detector.nodes import State
 from opcua_detector.service import Service
 from opcua_detector.store import Store
-from sim_server.processes import make
 from sim_server.testing import RunningPlant, running_plant
 
-SEED = 0
 FAULT = f"{PLANT}lorenz.faults.beta"
 NODES = {name: f"{RESULTS}lorenz.{name}" for name in ("FeedbackResult", "Feedback", "ModelId", "IsAnomaly", "EventNo")}
-
-
-def healthy(group: GroupConfig) -> Record:
-    rows = make("lorenz", seed=SEED).simulate(30_000)
-    return Record.from_rows(rows, group_tags(group), group.period)
-
-
-def configuration(endpoint: str) -> dict[str, Any]:
-    given = content(endpoint)
-    given["monitors"][0]["methods"] = ["regression", "transition"]
-    del given["monitors"][0]["windows"]
-    return given
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +41,13 @@ def plant() -> Iterator[RunningPlant]:
 
 @pytest.fixture(scope="module")
 def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("feedback-models")
-    file = write(folder, configuration("opc.tcp://127.0.0.1:1/"))
-    for fitted in fit_config(load(file), file, healthy):
-        fitted.model.save(fitted.path)
-    return folder / "models"
+    return fit_models(tmp_path_factory.mktemp("feedback-models"), two_methods(NOWHERE))
 
 
 @pytest.fixture
 def file(_models: Path, tmp_path: Path, plant: RunningPlant) -> Path:
     shutil.copytree(_models, tmp_path / "models")
-    return write(tmp_path, configuration(plant.endpoint))
+    return write(tmp_path, two_methods(plant.endpoint))
 
 
 @asynccontextmanager

@@ -101,20 +101,24 @@ def settings_of(plant: RunningPlant, folder: Path) -> ServerConfig:
     return ServerConfig(name="plant", endpoint=plant.endpoint, policy="None", insecure=True, pki=folder)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one server", "two servers"])
 async def test_the_slices_of_a_gap_are_its_history_row_by_row_and_nothing_else(
-    plant: RunningPlant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    plant: RunningPlant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool,
 ) -> None:
     monkeypatch.setattr(forward, "SLICE_VALUES", 500)
     period = 10**7
-    session = Session(settings_of(plant, tmp_path))
+    session, second = Session(settings_of(plant, tmp_path)), Session(settings_of(plant, tmp_path))
     await session.open()
+    await second.open()
     try:
         begin = plant.start_ns - 4000 * period
         whole = await read_history(session, tags(), begin, plant.start_ns - 100 * period, period)
         gap = Gap(int(whole.source_ns[500]), int(whole.source_ns[2500]))
-        parts = [record async for record in rows_of_gap(session, tags(), gap, period, lateness_ns=period, max_hold=20)]
+        parts = [record async for record in rows_of_gap(
+            [session, second if apart else session], tags(), gap, period, lateness_ns=period, max_hold=20)]
     finally:
         await session.close()
+        await second.close()
     assert len(parts) >= 7
     stamps = np.concatenate([one.source_ns for one in parts])
     assert (np.diff(stamps) > 0).all() and stamps[0] > gap.after_ns and stamps[-1] < gap.before_ns
@@ -130,11 +134,13 @@ async def test_a_gap_beyond_the_history_has_no_rows_and_a_node_without_history_s
     await session.open()
     try:
         old = Gap(plant.start_ns - 10**6 * period, plant.start_ns - 990_000 * period)
-        assert [one async for one in rows_of_gap(session, tags(), old, period, lateness_ns=period, max_hold=20)] == []
+        both = [session, session]
+        assert [one async for one in rows_of_gap(both, tags(), old, period, lateness_ns=period, max_hold=20)] == []
         lost = [Tag("a", "nsu=urn:opcua-detector:results;s=lorenz.Score")]
         with pytest.raises(NodeProblem):
-            _ = [one async for one in rows_of_gap(session, lost, Gap(old.after_ns, old.after_ns + 100 * period), period,
-                                                  lateness_ns=period, max_hold=20)]
+            _ = [one async for one in rows_of_gap(
+                [session], lost, Gap(old.after_ns, old.after_ns + 100 * period), period, lateness_ns=period,
+                max_hold=20)]
     finally:
         await session.close()
 

@@ -17,6 +17,7 @@ from opcua_detector.api import Frame, Record, Tag, TagKind
 from opcua_detector.errors import RecordError
 from opcua_detector.frames import (
     COUNTERS,
+    RETURN_NS,
     START_PERIODS,
     FrameBuilder,
     record_from_columns,
@@ -462,12 +463,13 @@ def test_a_lost_connection_is_a_gap_and_ends_the_hold_of_a_setpoint() -> None:
     assert before[-1][3] == b"\1\1\1"
     builder.connection_lost()
     before += [copied(frame) for frame in builder.closed()]
-    after = feed_rows(builder, 60, 30)
+    returning = RETURN_NS // P
+    after = feed_rows(builder, 60, returning + 30)
     builder.finish()
     after += [copied(frame) for frame in builder.closed()]
     assert [row[1] for row in after] == [True] + [False] * (len(after) - 1)
-    assert after[0][3] == b"\1\1\0"
-    assert [row[0] for row in after] == [T0 + k * P for k in range(60, 90)]
+    assert after[0][3] == b"\1\1\0"  # the set-point did not come back, for which the rows have waited
+    assert [row[0] for row in after] == [T0 + k * P for k in range(60 + returning, 90 + returning)]
     assert builder.counters()["delivered"] == accounted(builder)
 
 

@@ -134,7 +134,8 @@ async def test_a_server_imports_the_nodeset_with_types_rights_and_initial_values
         owner = client.get_node(f"ns={index};s={monitor}")
         children = {(await child.read_browse_name()).Name: child for child in await owner.get_children()}
         inputs = {node.signal: node for node in (*INPUT_NODES, *EXTRA_NODES)}
-        assert set(inputs) == {"Feedback", "FeedbackBy", "Lease", "EventsAway"} and not set(inputs) & set(SIGNALS)
+        assert set(inputs) == {"Feedback", "FeedbackBy", "Lease", "EventsAway", "Insecure"}
+        assert not set(inputs) & set(SIGNALS)
         assert set(children) == set(SIGNALS) | set(inputs)
         for signal, row in (SIGNALS | inputs).items():
             node = children[signal]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +13,7 @@ from typing import Any
 import pytest
 from asyncua import Client
 from running import PLANT, RESULTS, until, write
-from serving import SEED, configuration, nodes_say, running, scoring, stored
+from serving import SEED, Child, configuration, insecure, nodes_say, running, scoring, stored
 
 from opcua_detector.client import LinkState
 from opcua_detector.client.observer import Observer
@@ -82,7 +78,7 @@ async def test_tags_that_fall_silent_while_the_server_lives_are_no_data(plant: R
         try:
             await call(plant.endpoint, "SetQuirk", "*", "drop", 1.0)
             await until(lambda: run.state == State.NO_DATA, "the silence to be noticed")
-            await until(lambda: nodes_say(observer, State=State.NO_DATA, Score=NO_SCORE, StateText="no data",
+            await until(lambda: nodes_say(observer, State=State.NO_DATA, Score=NO_SCORE, StateText=insecure("no data"),
                                           Severity=999),
                         "no data in the nodes")
             assert run.quality.startswith("Bad: no") and service.sessions["plant"].state is LinkState.CONNECTED
@@ -113,7 +109,7 @@ async def test_a_detector_that_fails_is_a_fault_in_the_nodes_and_comes_back_by_i
             raise FloatingPointError("overflow in a kernel")
 
         run.monitor.step = fails  # type: ignore[method-assign]
-        await until(lambda: nodes_say(observer, State=State.FAULT, StateText="fault", Score=NO_SCORE,
+        await until(lambda: nodes_say(observer, State=State.FAULT, StateText=insecure("fault"), Score=NO_SCORE,
                                       Quality="Bad: the detector failed (FloatingPointError)"),
                     "the fault in the nodes")
         run.monitor.step = sound  # type: ignore[method-assign]
@@ -151,9 +147,9 @@ async def test_a_dry_run_shows_what_would_be_written(plant: RunningPlant, folder
             async with running(write(folder, configuration(plant.endpoint)), **options) as service:
                 await scoring(service.runs["lorenz"])
                 shown = service.backs["plant"].preview()
-                assert shown["lorenz", "State"] == State.NORMAL and shown["lorenz", "StateText"] == "normal"
+                assert shown["lorenz", "State"] == State.NORMAL and shown["lorenz", "StateText"] == insecure("normal")
                 assert {signal for _, signal in shown} >= set(SIGNALS) - {"FeedbackResult"}
-                assert f"lorenz.StateText = 'normal' (String) to {RESULTS}lorenz.StateText" in (
+                assert f"lorenz.StateText = {insecure('normal')!r} (String) to {RESULTS}lorenz.StateText" in (
                     service.backs["plant"].preview_lines())
                 assert service.backs["plant"].counters["values"] == 0 < service.backs["plant"].counters["dry"]
         assert await observer.read({"Heartbeat": f"{RESULTS}lorenz.Heartbeat"}) == before
@@ -298,47 +294,18 @@ async def test_a_damaged_store_is_refused_where_that_is_asked_for(plant: Running
 # --- our death ---
 
 
-CHILD = """
-import asyncio, sys
-from pathlib import Path
-from opcua_detector.config import load
-from opcua_detector.service import Service
-
-async def main(file):
-    service = Service(load(file), file)
-    await service.start()
-    while True:
-        verdict = service.runs["lorenz"].monitor.verdict
-        print(int(verdict.alert), service.runs["lorenz"].scored, service.store.queued, flush=True)
-        await asyncio.sleep(0.05)
-
-asyncio.run(main(Path(sys.argv[1])))
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 async def test_an_alert_that_stood_when_we_were_killed_ends_with_that_life_and_the_next_one_is_raised_anew(
     plant: RunningPlant, folder: Path,
 ) -> None:
     file = write(folder, configuration(plant.endpoint))
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(file)], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-
-    async def line(wanted: str) -> None:
-        while not (await asyncio.to_thread(child.stdout.readline)).startswith(wanted):  # type: ignore[union-attr]
-            assert child.poll() is None
-
+    child = Child(file)
     async with Observer(plant.endpoint) as observer:
         try:
-            while True:
-                said = (await asyncio.to_thread(child.stdout.readline)).split()
-                if said and int(said[1]) > 100:
-                    break
+            await child.until(lambda said: said["scored"] > 100)
             await observer.write_double(FAULT, 1.5)
-            await line("1")
+            await child.until(lambda said: said["alert"])
             await until(lambda: open_events(file), "the alert in the store")
-            child.send_signal(signal.SIGKILL)
-            child.wait()
+            child.kill()
             (stood,) = open_events(file)
             assert await nodes_say(observer, IsAnomaly=True, EventNo=stood.event_no)  # as it was left
             async with running(file) as service:
@@ -352,7 +319,6 @@ async def test_an_alert_that_stood_when_we_were_killed_ends_with_that_life_and_t
         finally:
             await observer.write_double(FAULT, 1.0)
             child.kill()
-            child.communicate()
     with stored(file) as store:
         events = store.events("lorenz")
     numbers = [one.event_no for one in events]

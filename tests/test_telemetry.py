@@ -120,6 +120,7 @@ async def test_a_running_service_tells_its_counters_in_both_formats(plant: Runni
         assert abs(found["server_clock_offset_seconds", server]) < 1  # one machine, one clock
         assert found["subscription_values_total", stream] >= 2 * scored
         assert found["subscription_tags", stream] == 2 and found["subscription_tags_failing", stream] == 0
+        assert found["subscription_tags_polled", stream] == 0
         assert 0 <= found["server_publish_requests_outstanding", server] <= 4
         assert found["group_rows_total", labels(group="lorenz")] >= scored
         fates = ("used", "late", "duplicate", "replaced", "skipped")
@@ -156,11 +157,34 @@ def test_names_follow_the_rules_and_every_family_has_help(plant: RunningPlant, f
     ours = [f for f in families if f.name.startswith(PREFIX.rstrip("_"))]
     assert len(ours) > 60
     for family in ours:
+        assert not family.documentation.startswith("Counter "), f"{family.name} has no words in telemetry/words.py"
         assert family.documentation.rstrip().endswith((".", ")")), family.name
         assert not family.name.endswith(("_ms", "_ns", "_us", "_percent")), "base units"
         if family.type == "counter":
             assert all(one.name.endswith(("_total", "_created")) for one in family.samples)
     assert len({f.name for f in families}) == len(families)
+
+
+async def test_polled_tags_the_service_level_and_a_model_that_is_not_taken_are_shown(
+    plant: RunningPlant, folder: Path, tmp_path: Path,
+) -> None:
+    shutil.copytree(folder / "models", tmp_path / "models")
+    given = configuration(plant.endpoint)
+    given["groups"][0]["sampling"] = "poll"
+    async with running(write(tmp_path, given)) as service:
+        server, monitor = labels(server="plant"), labels(monitor="lorenz")
+        stream = labels(group="lorenz", server="plant")
+        session = service.sessions["plant"]
+        await until(lambda: session.standing, "the server to be asked how it stands")
+        found = samples((await ask(service, "/metrics"))[2])
+        assert found["subscription_tags_polled", stream] == 2 and found["subscription_polls_total", stream] > 0
+        assert found["server_service_level", server] == session.standing[session.endpoint].level == 255
+        assert found["monitor_model_refused", monitor] == found["service_models_refused_total", ()] == 0
+        (tmp_path / "models" / "lorenz.npz").write_bytes(b"no model")
+        await service.reload()
+        await asyncio.sleep(1.1)  # a scrape may be so old
+        found = samples((await ask(service, "/metrics"))[2])
+        assert found["monitor_model_refused", monitor] == found["service_models_refused_total", ()] == 1
 
 
 async def test_metrics_follow_an_outage_and_count_the_reconnect(folder: Path) -> None:

@@ -14,12 +14,11 @@ import typer
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from .. import config as configuration
 from ..client import Session, pki, secure, trust
 from ..client.trust import Folder, TrustList
 from ..config import ServerConfig
 from ..errors import AccessRefused, ConfigError
-from .terminal import AsJson, err, out, print_json, show, table
+from .terminal import AsJson, chosen_server, err, out, print_json, show, table
 
 SURE_DIGITS = 16  # hex digits of a fingerprint that stand for a look at it
 
@@ -51,14 +50,7 @@ Digits = Annotated[str, typer.Argument(metavar="FINGERPRINT", help=(
 
 
 def _server(config_file: Path | None, name: str) -> ServerConfig | None:
-    if config_file is None:
-        return None
-    config = configuration.load(config_file)
-    names = [one.name for one in config.servers]
-    if name and name not in names:
-        raise ConfigError("there is no server of this name", key="--server", value=name,
-                          expected=f"one of {', '.join(names)}", next_step="correct the option")
-    return config.server(name or names[0])
+    return None if config_file is None else chosen_server(config_file, name)
 
 
 def _folder(folder: Path | None, config_file: Path | None, name: str) -> Path:

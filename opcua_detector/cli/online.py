@@ -52,6 +52,7 @@ from .terminal import (
     ConfigFile,
     Lines,
     MonitorName,
+    chosen_server,
     err,
     fail,
     log_lines,
@@ -173,12 +174,7 @@ def _browse_target(target: str, server: str, insecure: bool) -> ServerConfig:
         text = f'version: 1\nservers: [{{name: plant, endpoint: "{target}", policy: None, insecure: true}}]\n'
         text += 'groups: [{name: g, server: plant, period: 1 s, tags: [{name: t, node: "i=2258"}]}]\n'
         return configuration.parse(text, file="command line").servers[0]
-    config = configuration.load(target)
-    names = [s.name for s in config.servers]
-    if server and server not in names:
-        raise ConfigError("there is no server of this name", key="--server", value=server,
-                          expected=f"one of {', '.join(names)}", next_step="correct the option")
-    return config.server(server or names[0])
+    return chosen_server(target, server)
 
 
 async def _browse(target: ServerConfig, start: str, pattern: str, depth: int,

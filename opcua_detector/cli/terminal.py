@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from .. import config as configuration
+from ..config import ServerConfig
 from ..errors import ConfigError, DetectorError
 
 EXIT_FOUND = 9
@@ -31,6 +33,22 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuratio
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 MonitorName = Annotated[list[str] | None, typer.Option("--monitor", metavar="NAME",
                                                        help="Only this monitor; repeatable.")]
+
+
+def chosen_server(config_file: Path | str, name: str) -> ServerConfig:
+    """Return the server that `--server` names, the first one where it names none.
+
+    Raises
+    ------
+    ConfigError
+        There is none of this name.
+    """
+    config = configuration.load(config_file)
+    names = [one.name for one in config.servers]
+    if name and name not in names:
+        raise ConfigError("there is no server of this name", key="--server", value=name,
+                          expected=f"one of {', '.join(names)}", next_step="correct the option")
+    return config.server(name or names[0])
 
 
 def plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ from .doctor import Diagnosis, Examined, Mark, diagnosis_of, examine_server, fin
 from .feed import GroupFeed
 from .history import oldest_ns, read_history
 from .measure import measure_group, measure_write
-from .nodes import Finding, check_outputs, check_tags, problem_of, raise_findings
+from .node_checks import Finding, check_outputs, check_tags, raise_findings
 from .session import LinkState, Session
 from .subscription import Item, Revised, Subscription
 from .writeback import WriteBack
@@ -55,7 +55,6 @@ __all__ = [
     "measure_group",
     "measure_write",
     "oldest_ns",
-    "problem_of",
     "raise_findings",
     "read_history",
     "recent_values",

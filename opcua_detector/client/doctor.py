@@ -17,7 +17,8 @@ from asyncua import ua
 from ..config import GroupConfig
 from . import pki, secure, wire
 from .clock import TELL_S, ClockOffset, measure_clock
-from .nodes import Finding, read_attributes
+from .node_checks import Finding
+from .nodes import read_attributes
 from .session import Session
 
 CLOCK_PROBLEM_S = 300.0  # beyond this many stacks refuse tokens and certificates

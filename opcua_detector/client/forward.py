@@ -6,6 +6,7 @@ of the history go into the store, marked as such; they are not scored: an alert 
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ import numpy as np
 from ..api import Record, Tag
 from ..errors import RecordError
 from ..frames import iso_utc
-from .history import read_history
+from .history import read_samples, rows_of_samples
 from .session import Session
+from .wire import Samples
 
 MOST_EVENTS, MOST_CHARS = 100, 2000
 SLICE_VALUES, MOST_VALUES = 200_000, 10_000_000  # of history: at once, and of one gap
@@ -116,11 +118,14 @@ def bounded(gap: Gap, n_tags: int, period_ns: int, most_ns: int) -> Gap:
 
 
 async def rows_of_gap(
-    session: Session, tags: Sequence[Tag], gap: Gap, period_ns: int, *, lateness_ns: int, max_hold: int
+    sources: Sequence[Session], tags: Sequence[Tag], gap: Gap, period_ns: int, *, lateness_ns: int, max_hold: int
 ) -> AsyncIterator[Record]:
-    """Yield the rows that the server's history has of a gap, oldest first, in slices; none lies outside of it.
+    """Yield the rows that the history has of a gap, oldest first, in slices; none lies outside of it.
 
-    Raises NodeProblem where the server keeps no history of a tag, ConnectionProblem where the connection is lost.
+    sources : of each tag, in the order of the tags, the session whose history has it. Tags of several servers become
+        rows by their SourceTimestamps, as they do live.
+
+    Raises NodeProblem where a server keeps no history of a tag, ConnectionProblem where a connection is lost.
     """
     span_ns = max(1, SLICE_VALUES // max(1, len(tags))) * period_ns
     first_ns, last_ns = gap.after_ns + period_ns // 2, gap.before_ns - period_ns // 2
@@ -128,9 +133,11 @@ async def rows_of_gap(
     lead_ns = max_hold * period_ns  # values before the slice, so that what changes seldom is known in its first rows
     while start_ns < last_ns:
         end_ns = min(start_ns + span_ns, last_ns)
+        begin_ns = start_ns - lead_ns
         try:
-            record = await read_history(session, tags, start_ns - lead_ns, end_ns, period_ns, lateness_ns=lateness_ns,
-                                        max_hold=max_hold)
+            samples = await _samples(sources, [tag.node for tag in tags], begin_ns, end_ns)
+            record = rows_of_samples(tags, samples, (begin_ns, end_ns), period_ns, lateness_ns=lateness_ns,
+                                     max_hold=max_hold)
         except RecordError:  # nothing in this slice: a gap stays a gap
             start_ns = end_ns
             continue
@@ -138,3 +145,18 @@ async def rows_of_gap(
         if len(inside):
             yield record.take(inside)
         start_ns = end_ns
+
+
+async def _samples(sources: Sequence[Session], nodes: Sequence[str], start_ns: int, end_ns: int) -> list[Samples]:
+    """Read the samples of each node from its server, from all servers at once."""
+    of: dict[Session, list[int]] = {}
+    for k, session in enumerate(sources):
+        of.setdefault(session, []).append(k)
+    read = await asyncio.gather(*(read_samples(session, [nodes[k] for k in chosen], start_ns, end_ns)
+                                  for session, chosen in of.items()), return_exceptions=True)
+    found: dict[int, Samples] = {}
+    for chosen, samples in zip(of.values(), read, strict=True):
+        if isinstance(samples, BaseException):
+            raise samples
+        found |= dict(zip(chosen, samples, strict=True))
+    return [found[k] for k in range(len(nodes))]

@@ -131,11 +131,44 @@ async def read_history(
             lambda reached_ns: progress(int(min(rows, max(0, reached_ns - start_ns) // period_ns)), int(rows))
         ),
     )
+    found: dict[str, int] = {}
+    record = rows_of_samples(
+        tags, samples, (start_ns, end_ns), period_ns, lateness_ns=lateness_ns, max_hold=max_hold, counts=found,
+        where=session.where,
+    )
+    if counts is not None:
+        counts.update(found)
+        counts["expected"] = int(rows)
+        counts["missing"] = max(0, int(rows) - len(record))
+    if progress is not None:
+        progress(int(rows), int(rows))
+    return record
+
+
+def rows_of_samples(
+    tags: Sequence[Tag],
+    samples: Sequence[wire.Samples],
+    span_ns: tuple[int, int],
+    period_ns: int,
+    *,
+    lateness_ns: int | None = None,
+    max_hold: int = 20,
+    counts: dict[str, int] | None = None,
+    where: str = "",
+) -> Record:
+    """Return the rows of raw samples by the rule of time, whichever servers they were read from.
+
+    samples : of each tag, in the order of the tags, as `read_samples` gives them
+    span_ns : [start, end) that was asked for, and where : of whom, for the error
+    counts : filled with the counters of the rule of time when given
+
+    Raises RecordError where a tag has no sample.
+    """
     empty = [tag.name for tag, one in zip(tags, samples, strict=True) if len(one.source_ns) == 0]
     if empty:
         raise RecordError(
-            f"no history of {', '.join(empty)} from {iso_utc(start_ns)} to {iso_utc(end_ns)}",
-            where=session.where,
+            f"no history of {', '.join(empty)} from {iso_utc(span_ns[0])} to {iso_utc(span_ns[1])}",
+            where=where,
             next_step="choose a time range that the historian has",
         )
     index = np.repeat(np.arange(len(tags), dtype=np.int32), [len(one.source_ns) for one in samples])
@@ -162,10 +195,6 @@ async def read_history(
     found["lost"] += int((~known).sum())
     if counts is not None:
         counts.update(found)
-        counts["expected"] = int(rows)
-        counts["missing"] = max(0, int(rows) - len(record))
-    if progress is not None:
-        progress(int(rows), int(rows))
     return record
 
 

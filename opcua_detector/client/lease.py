@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 PERIOD_S = 2.0
 RENEWALS = 6  # in a period
+MOST_NUMBER = 2**31  # what is larger was never counted up to
 HOLD_SHARE, SETTLE_SHARE = 2 / 3, 1 / 3  # of the period: see above
 _TEXT = re.compile(r"(?P<name>\S{1,100}) (?P<life>[0-9a-f]{1,32}) (?P<count>\d{1,15}) (?P<word>claims|holds|released)")
 _NAME = re.compile(r"[\w.\-]{1,100}")
@@ -190,6 +191,9 @@ class LeaseKeeper:
     nodes : monitor -> text of its lease node
     name : of this instance
     on_change : called with (monitor, role, name of the other instance) on the loop when a role changes
+    numbers : monitor -> text of the node with the number of its last alert
+    on_number : called with (monitor, number) on the loop each time that it was read while this instance did not write;
+        it is read with the lease, so before the first own value the last one of the other instance is known
 
     Attributes
     ----------
@@ -201,6 +205,8 @@ class LeaseKeeper:
     name: str
     period_s: float = PERIOD_S
     on_change: Callable[[str, Role, str], None] | None = None
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    on_number: Callable[[str, int], None] | None = None
     clock_s: Callable[[], float] = time.monotonic
     life: str = field(default_factory=lambda: secrets.token_hex(4))
 
@@ -208,6 +214,7 @@ class LeaseKeeper:
         self.leases = {monitor: Lease(self.name, self.life, self.period_s) for monitor in self.nodes}
         self.counters = {"gained": 0, "lost": 0, "refused": 0}
         self._at = {monitor: _Node() for monitor in self.nodes}
+        self._number_at: dict[str, NodeRef] = {}
         self._told: dict[str, tuple[Role, str]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -227,7 +234,9 @@ class LeaseKeeper:
 
     async def link_up(self) -> None:
         """Find the nodes on this connection and begin."""
-        found = await resolve(self.session, list(self.nodes.values()))
+        found = await resolve(self.session, [*self.nodes.values(), *self.numbers.values()])
+        self._number_at = {monitor: ref for monitor, text in self.numbers.items()
+                           if isinstance(ref := found[text], NodeRef)}
         for monitor, text in self.nodes.items():
             ref = found[text]
             at = self._at[monitor]
@@ -271,17 +280,21 @@ class LeaseKeeper:
                 self.look()
 
     async def _turn(self) -> None:
-        """Read all leases, and write those that ask for it."""
+        """Read all leases and numbers, and write the leases that ask for it."""
         refs = {monitor: at.ref for monitor, at in self._at.items() if at.ref is not None}
         if not refs:
             self.look()
             return
         asked_s = self.clock_s()
-        values = await within(
-            read_attributes(self.session, [(ref.id, ua.AttributeIds.Value) for ref in refs.values()]), self.period_s)
+        others = {monitor: ref for monitor, ref in self._number_at.items()
+                  if self.leases[monitor].role is not Role.HOLDER}
+        wanted_of = [(ref.id, ua.AttributeIds.Value) for ref in (*refs.values(), *others.values())]
+        values = await within(read_attributes(self.session, wanted_of), self.period_s)
         now_s = self.clock_s()
+        for monitor, value in zip(others, values[len(refs):], strict=True):
+            self._number(monitor, value)
         wanted: dict[str, str] = {}
-        for monitor, value in zip(refs, values, strict=True):
+        for monitor, value in zip(refs, values, strict=False):
             bad = value.StatusCode is not None and value.StatusCode.value & 0x80000000
             text = None if bad or value.Value is None else value.Value.Value
             if bad or not isinstance(text, str | None):
@@ -294,6 +307,13 @@ class LeaseKeeper:
         if wanted:
             await self._write(wanted)
             self.look()
+
+    def _number(self, monitor: str, value: Any) -> None:
+        """Tell a number that was read; what a server holds before anybody wrote it may be anything."""
+        bad = value.StatusCode is not None and value.StatusCode.value & 0x80000000
+        content = None if bad or value.Value is None else value.Value.Value
+        if isinstance(content, int | float) and 0 <= content < MOST_NUMBER and self.on_number is not None:
+            self.on_number(monitor, int(content))
 
     async def _send(self, items: Sequence[tuple[NodeRef, str]]) -> Sequence[int]:
         """Write texts; return the StatusCode of each."""

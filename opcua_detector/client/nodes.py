@@ -1,4 +1,4 @@
-"""Finds the nodes that the configuration names, and says what is wrong with each before anything runs.
+"""Finds the nodes that the configuration names, and reads what the server says of them.
 
 Text of a node: `nsu=<uri>;s=<id>` (best: survives a re-ordered namespace table), `ns=2;s=<id>`, `i=2258`, or
 a browse path from the root, `/Objects/2:Plant/2:lorenz/2:x1`, whose names may carry `nsu=<uri>;` instead of
@@ -14,9 +14,7 @@ from typing import Any
 
 from asyncua import ua
 
-from ..api import Tag, TagKind
-from ..errors import ConnectionProblem, NodeProblem
-from ..nodes import SIGNALS
+from ..errors import NodeProblem
 from . import wire
 from .limits import in_batches
 from .session import Session
@@ -26,14 +24,14 @@ _HISTORY = 0x04
 NUMERIC = frozenset(
     {"Boolean", "SByte", "Byte", "Int16", "UInt16", "Int32", "UInt32", "Int64", "UInt64", "Float", "Double"}
 )
-_INTEGER = NUMERIC - {"Boolean", "Float", "Double"}
+INTEGER = NUMERIC - {"Boolean", "Float", "Double"}
 # Which built-in types take a result of which type; the value is cast with a range check (`writeback`).
 ACCEPTS: Mapping[str, frozenset[str]] = {
-    "Double": frozenset({"Double", "Float"}) | _INTEGER,
-    "Boolean": frozenset({"Boolean"}) | _INTEGER,
-    "UInt16": _INTEGER | {"Double", "Float"},
-    "Int32": _INTEGER | {"Double", "Float"},
-    "UInt32": _INTEGER | {"Double", "Float"},
+    "Double": frozenset({"Double", "Float"}) | INTEGER,
+    "Boolean": frozenset({"Boolean"}) | INTEGER,
+    "UInt16": INTEGER | {"Double", "Float"},
+    "Int32": INTEGER | {"Double", "Float"},
+    "UInt32": INTEGER | {"Double", "Float"},
     "String": frozenset({"String", "LocalizedText"}),
     "DateTime": frozenset({"DateTime"}),
 }
@@ -68,35 +66,6 @@ class NodeFacts:
     unit: str = ""
     eu_range: tuple[float, float] | None = None
     read_status: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One problem with its fix; `error` False means that it runs all the same."""
-
-    where: str
-    problem: str
-    fix: str
-    error: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}\n  next step: {self.fix}"
-
-
-def raise_findings(findings: Sequence[Finding], shown: int = 5) -> None:
-    """Raise one NodeProblem that names the first errors together; nothing when there are none."""
-    errors = [one for one in findings if one.error]
-    if not errors:
-        return
-    if len(errors) == 1:
-        raise NodeProblem(errors[0].problem, where=errors[0].where, next_step=errors[0].fix)
-    lines = [f"{one.where}: {one.problem} (next step: {one.fix})" for one in errors[:shown]]
-    if len(errors) > shown:
-        lines.append(f"... and {len(errors) - shown} more")
-    raise NodeProblem(
-        "\n  ".join([f"{len(errors)} nodes are not as configured:", *lines]),
-        next_step="correct them one by one; 'opcua-detector check' lists all of them",
-    )
 
 
 # --- text to NodeId ---
@@ -244,7 +213,7 @@ async def read_facts(session: Session, refs: Sequence[NodeRef], *, units: bool =
     for i, ref in enumerate(refs):
         facts.append(await _facts(session, ref, values[i * width : (i + 1) * width]))
     if units:
-        await _read_units(session, [one for one in facts if one.is_variable])
+        await read_units(session, [one for one in facts if one.is_variable])
     return facts
 
 
@@ -331,7 +300,7 @@ async def _builtin(session: Session, data_type: Any) -> tuple[str, str]:
     return "", first or nsu_text(session, data_type)
 
 
-async def _read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
+async def read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
     """Read EngineeringUnits and EURange (Part 8, 5.3.2.3) of variables that have them."""
     paths, owners = [], []
     for one in facts:
@@ -360,173 +329,3 @@ async def _read_units(session: Session, facts: Sequence[NodeFacts]) -> None:
             one.eu_range = (low, high) if low < high else None
         elif name == "EngineeringUnits" and hasattr(content, "DisplayName"):
             one.unit = content.DisplayName.Text or ""
-
-
-# --- checks ---
-
-
-async def check_tags(session: Session, tags: Sequence[Tag], where: str = "tags") -> list[Finding]:
-    """Return all that is wrong with tags: found, a scalar of a usable type, readable, in the stated unit."""
-    found = await resolve(session, [tag.node for tag in tags])
-    refs = {text: ref for text, ref in found.items() if isinstance(ref, NodeRef)}
-    facts = dict(zip(refs, await read_facts(session, list(refs.values())), strict=True))
-    # Only where there is something to compare with: of thousands of tags that is a third of the start.
-    stated = {tag.node for tag in tags if tag.unit or tag.eu_range}
-    await _read_units(session, [one for text, one in facts.items() if text in stated and one.is_variable])
-    findings: list[Finding] = []
-    for tag in tags:
-        place = f"{where}.{tag.name} ({tag.node})"
-        ref = found[tag.node]
-        if isinstance(ref, NodeProblem):
-            findings.append(Finding(place, ref.what, ref.next_step))
-        else:
-            findings += _tag_findings(tag, facts[tag.node], place)
-    return findings
-
-
-def _missing(facts: NodeFacts, place: str) -> list[Finding]:
-    if not facts.exists:
-        return [
-            Finding(
-                place,
-                f"the node does not exist ({facts.read_status})",
-                "copy the NodeId from 'opcua-detector browse'",
-            )
-        ]
-    if not facts.is_variable:
-        return [
-            Finding(
-                place, "the node is no variable", "name the variable below it, see 'opcua-detector browse'"
-            )
-        ]
-    return []
-
-
-def _tag_findings(tag: Tag, facts: NodeFacts, place: str) -> list[Finding]:
-    missing = _missing(facts, place)
-    if missing:
-        return missing
-    findings = []
-    if not facts.readable:
-        findings.append(
-            Finding(
-                place,
-                "this user may not read the tag",
-                "give the user read access on the server, or leave the tag out",
-            )
-        )
-    if facts.rank >= 0:
-        findings.append(
-            Finding(place, f"the tag is an array (ValueRank {facts.rank})", "name a scalar variable")
-        )
-    if facts.type == "String" and tag.kind is not TagKind.STATE:
-        findings.append(Finding(place, "the tag is text", "give it 'kind: state', or leave it out"))
-    elif facts.type not in NUMERIC and facts.type != "String":
-        findings.append(
-            Finding(
-                place,
-                f"the type {facts.type_name or 'unknown'} is no number",
-                "name a tag of a numeric type or Boolean",
-            )
-        )
-    if tag.unit and facts.unit and tag.unit != facts.unit:
-        findings.append(
-            Finding(
-                place,
-                f"the unit is {facts.unit!r} on the server, {tag.unit!r} in the configuration",
-                f"write 'unit: {facts.unit}' if the server is right",
-            )
-        )
-    if tag.eu_range and facts.eu_range and tag.eu_range != facts.eu_range:
-        findings.append(
-            Finding(
-                place,
-                f"EURange is {list(facts.eu_range)} on the server, {list(tag.eu_range)} in the configuration",
-                "correct the one that is wrong",
-                error=False,
-            )
-        )
-    if facts.readable and facts.status & 0x80000000:
-        findings.append(
-            Finding(
-                place,
-                f"the present value is Bad ({facts.read_status})",
-                "look after the sensor or its connection; the tag is masked until then",
-                error=False,
-            )
-        )
-    return findings
-
-
-async def check_outputs(session: Session, nodes: Mapping[str, str], where: str = "outputs") -> list[Finding]:
-    """Return everything that is wrong with outputs (signal -> node): found, writable, of a type that takes
-    it.
-
-    Nothing is written.
-    """
-    found = await resolve(session, nodes.values())
-    refs = {text: ref for text, ref in found.items() if isinstance(ref, NodeRef)}
-    facts = dict(zip(refs, await read_facts(session, list(refs.values())), strict=True))
-    findings: list[Finding] = []
-    taken: dict[str, str] = {}
-    for signal, text in nodes.items():
-        place = f"{where}.{signal} ({text})"
-        ref = found[text]
-        if isinstance(ref, NodeProblem):
-            findings.append(Finding(place, ref.what, ref.next_step))
-            continue
-        if ref.nsu in taken:
-            findings.append(
-                Finding(place, f"{taken[ref.nsu]} is written to the same node", "give each a node of its own")
-            )
-        taken[ref.nsu] = signal
-        findings += _output_findings(signal, facts[text], place)
-    return findings
-
-
-def _output_findings(signal: str, facts: NodeFacts, place: str) -> list[Finding]:
-    missing = _missing(facts, place)
-    if missing:
-        return missing
-    expected = SIGNALS[signal]
-    findings = []
-    if not facts.writable:
-        findings.append(
-            Finding(
-                place,
-                "this user may not write the node",
-                "give the user write access on the server, or take the signal out of outputs",
-            )
-        )
-    shape = "an array" if expected.array else "a scalar"
-    if facts.type not in ACCEPTS[expected.type]:
-        findings.append(
-            Finding(
-                place,
-                f"the node is of type {facts.type_name or 'unknown'}, {signal} is {expected.type}",
-                f"use a node of type {expected.type}",
-            )
-        )
-    elif expected.type == "Double" and facts.type in _INTEGER:
-        findings.append(
-            Finding(
-                place,
-                f"the node is of type {facts.type}: {signal} is rounded to whole numbers",
-                "use a node of type Double or Float",
-                error=False,
-            )
-        )
-    if expected.array != (facts.rank >= 0) and facts.rank not in (-2, -3):
-        findings.append(
-            Finding(
-                place,
-                f"{signal} is {shape}, the node is not (ValueRank {facts.rank})",
-                f"use a node that is {shape}",
-            )
-        )
-    return findings
-
-
-def problem_of(error: ConnectionProblem) -> Finding:
-    """Return a connection problem as a finding, for `check`."""
-    return Finding(error.where, error.what, error.next_step)

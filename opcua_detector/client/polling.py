@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConnectionProblem
 from . import wire
+from .arrays import Fan
 from .limits import TOO_MUCH
 from .session import Session
 from .waiting import within
@@ -62,14 +64,23 @@ class Stamps:
         return stamps
 
 
+@dataclass(frozen=True, slots=True)
+class _Polled:
+    """A node that is read; places : (column, element) of each tag that it is read for, element -1: a scalar."""
+
+    node: Any
+    places: tuple[tuple[int, int], ...]
+
+
 class _Call:
     """The values of one Read."""
 
-    def __init__(self, token: bytes, column: NDArray[np.int32], nodes: Sequence[Any]) -> None:
-        self.column = column
-        self.request = PreparedRead(token, [ReadFrom(node) for node in nodes])
-        self.values = wire.Columns(len(nodes))
-        self.stamps = Stamps(len(nodes))
+    def __init__(self, token: bytes, nodes: Sequence[_Polled]) -> None:
+        self.n = len(nodes)
+        self.fan = Fan({place: one.places for place, one in enumerate(nodes)})
+        self.request = PreparedRead(token, [ReadFrom(one.node) for one in nodes])
+        self.values = wire.Columns(self.n)
+        self.stamps = Stamps(self.n)
 
 
 class Poller:
@@ -97,7 +108,7 @@ class Poller:
         self.last_heard_ns = 0
         self.period_ns = period_ns
         self._on_polled, self._clock_ns = on_polled, clock_ns
-        self._nodes: dict[int, Any] = {}
+        self._nodes: dict[int, _Polled] = {}
         self._calls: list[_Call] | None = None
         self._failed = 0
         self._task: asyncio.Task[None] | None = None
@@ -108,10 +119,15 @@ class Poller:
     def __contains__(self, column: int) -> bool:
         return column in self._nodes
 
-    def add(self, column: int, node: Any) -> None:
-        """Read this node for a column from the next period on."""
-        if self._nodes.get(column) != node:
-            self._nodes[column] = node
+    def add(self, column: int, node: Any, places: tuple[tuple[int, int], ...]) -> None:
+        """Read this node from the next period on.
+
+        column : of the tag that it is known by; places : (column, element) of each tag that it is read for, element -1
+        for a scalar
+        """
+        wanted = _Polled(node, places)
+        if self._nodes.get(column) != wanted:
+            self._nodes[column] = wanted
             self._calls = None
 
     def remove(self, column: int) -> None:
@@ -125,6 +141,7 @@ class Poller:
             self.last_heard_ns = self._clock_ns()
             self._failed = 0
             self._task = asyncio.create_task(self._poll(client), name="polling")
+            self.session.watch_over(self._task, client)
 
     def stop(self) -> None:
         """Read no more and forget the nodes; never waits."""
@@ -173,7 +190,7 @@ class Poller:
         size = self.session.limit("read")
         columns = sorted(self._nodes)
         return [
-            _Call(token, np.array(part, np.int32), [self._nodes[column] for column in part])
+            _Call(token, [self._nodes[column] for column in part])
             for part in (columns[first : first + size] for first in range(0, len(columns), size))
         ]
 
@@ -183,9 +200,9 @@ class Poller:
         sent_ns = self._clock_ns()
         body = await within(wire.send_prepared(client, call.request, timeout_s), timeout_s)
         received_ns = self._clock_ns()
-        n = len(call.column)
+        n = call.n
         try:
-            samples = wire.decode_read(body, n, call.values)
+            samples = wire.decode_read(body, n, call.values, call.fan.elements)
         except UaError as error:
             if _name(error) not in TOO_MUCH or n == 1:
                 raise
@@ -196,9 +213,14 @@ class Poller:
         self.last_heard_ns = received_ns
         self._failed = 0
         self.counters["polls"] += 1
+        answer = samples.raw
         raw = np.where(samples.source_ns == wire.NO_STAMP, samples.server_ns, samples.source_ns)
+        stamps = call.stamps.of(raw, sent_ns, received_ns)
+        column, samples, rows = call.fan.spread(
+            samples, lambda elements, room: wire.decode_read(answer, n, room, elements)
+        )
         try:
-            self._on_polled(call.column, call.stamps.of(raw, sent_ns, received_ns), samples)
+            self._on_polled(column, stamps[rows], samples)
         except Exception:  # the next poll must not fail for it
             self.counters["handler_errors"] += 1
             if self.counters["handler_errors"] == 1:

@@ -158,12 +158,11 @@ class PublishPump:
                 if self._publish is None:
                     self._publish = PreparedPublish(wire.token_of(self._client))
                 self._publish.acknowledge(acks)
-                future = wire.send_prepared(self._client, self._publish, 0)
+                wire.post(self._client, self._publish, 0, partial(self._answered, acks))
             except (OSError, UaError) as error:
                 self._dead(f"publish: {error}")
                 return
             self.outstanding += 1
-            future.add_done_callback(partial(self._answered, acks))
 
     def _dead(self, reason: str) -> None:
         if not self._stopped:
@@ -180,18 +179,15 @@ class PublishPump:
         self._pause = None
         self._fill()
 
-    def _answered(self, acks: list[tuple[int, int]], future: asyncio.Future[Any]) -> None:
+    def _answered(self, acks: list[tuple[int, int]], body: Any, error: BaseException | None) -> None:
         self.outstanding -= 1
-        if future.cancelled():
-            return
-        error = future.exception()
         if self._stopped:
             return
         if error is not None:
             self._dead(f"publish: {type(error).__name__}: {error}")
             return
         try:
-            message = wire.open_publish(future.result())
+            message = wire.open_publish(body)
         except UaError as problem:
             self._acks = acks + self._acks  # the server did not take them
             self._refused(problem)
@@ -206,12 +202,15 @@ class PublishPump:
             self._acks.append((message.subscription_id, message.sequence_number))
         if message.more:
             self._wanted = min(self._wanted + 1, MOST_OUTSTANDING)
-        self._fill()  # first: the server can answer while the values are worked on
+        if self.outstanding == 0:
+            self._fill()  # first: the server can answer while the values are worked on
         line = self._lines.get(message.subscription_id)
         if line is None:
             self.counters["unknown_subscription"] += 1
         else:
             self._arrived(line, message)
+        # While another request waits at the server, what is made of the values goes out before the next one.
+        self._fill()
 
     def _refused(self, problem: UaError) -> None:
         name = type(problem).__name__
@@ -288,15 +287,17 @@ class PublishPump:
             if self._republish is None:
                 self._republish = PreparedRepublish(wire.token_of(self._client))
             self._republish.ask(subscription_id, line.missing[0])
-            future = wire.send_prepared(self._client, self._republish, self._timeout_s)
+            wire.post(self._client, self._republish, self._timeout_s,
+                      partial(self._asked, subscription_id, line, line.missing[0]))
         except (OSError, UaError) as error:
             self._dead(f"republish: {error}")
             return
-        future.add_done_callback(partial(self._asked, subscription_id, line, line.missing[0]))
         line.timer = asyncio.get_running_loop().call_later(self._timeout_s, self._give_up, line)
 
-    def _asked(self, subscription_id: int, line: _Line, number: int, future: asyncio.Future[Any]) -> None:
-        if future.cancelled() or future.exception() is not None or self._stopped:
+    def _asked(
+        self, subscription_id: int, line: _Line, number: int, body: Any, error: BaseException | None
+    ) -> None:
+        if error is not None or self._stopped:
             return  # the connection is gone, which the publish requests tell as well
         if self._lines.get(subscription_id) is not line or not line.missing or line.missing[0] != number:
             return  # given up
@@ -305,7 +306,7 @@ class PublishPump:
             line.timer = None
         self._release(line, number)
         try:
-            message = wire.open_republish(future.result(), subscription_id)
+            message = wire.open_republish(body, subscription_id)
         except UaStatusCodeError as problem:
             if type(problem).__name__ != "BadMessageNotAvailable":
                 self._give_up(line)  # it has no Republish, or not for us

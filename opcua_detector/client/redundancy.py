@@ -8,12 +8,16 @@ one only because it was reached first.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from asyncua import Client, ua
 
+from ..errors import ServerUnreachable
 from . import wire
+from .login import Login
+from .waiting import within
 
 RUNNING = 0  # ServerState, Part 5, 12.6
 HEALTHY, DEGRADED = 200, 2  # the least level of each
@@ -70,3 +74,91 @@ def choose(found: Mapping[str, Standing], present: str, waited_s: float) -> str 
     """
     able = [one for one, how in found.items() if how.healthy or (how.usable and waited_s >= PATIENCE_S)]
     return max(able, key=lambda one: (found[one].level, one == present), default=None)
+
+
+class RedundantSet:
+    """The servers of one set, seen from one session.
+
+    Parameters
+    ----------
+    login : their endpoints, and how to log in to them
+
+    Attributes
+    ----------
+    standing : endpoint -> Standing, as last read
+    """
+
+    def __init__(self, login: Login) -> None:
+        self.standing: dict[str, Standing] = {}
+        self._login = login
+        self._none_active_since: float | None = None
+
+    async def active(self, present: str) -> tuple[str, Client]:
+        """Log in to all endpoints, ask each how it stands, keep the active one; the others are left again.
+
+        present : the endpoint that was used last
+        Raises ConnectionProblem where none answers, or none is active (`choose`).
+        """
+        endpoints, login = self._login.endpoints, self._login
+        clients = {one: login.new_client(one) for one in endpoints}
+        kept: Client | None = None
+        try:
+            answers = await asyncio.gather(
+                *(self._ask(one, client) for one, client in clients.items()), return_exceptions=True
+            )
+            problems: dict[str, BaseException] = {}
+            for one, told in zip(clients, answers, strict=True):
+                self.standing[one] = told if isinstance(told, Standing) else Standing()
+                if isinstance(told, BaseException):
+                    problems[one] = told
+            if len(problems) == len(clients):
+                raise problems[present]
+            now = asyncio.get_running_loop().time()
+            waited_s = 0.0 if self._none_active_since is None else now - self._none_active_since
+            endpoint = choose(self.standing, present, waited_s)
+            if endpoint is None:
+                self._none_active_since = now if self._none_active_since is None else self._none_active_since
+                told_all = ", ".join(f"{one}: {self.standing[one].text}" for one in endpoints)
+                raise ServerUnreachable(
+                    f"no server of the redundant set is active ({told_all})", where=login.where(present),
+                    next_step="wait until one takes over, or look after the servers",
+                )
+            self._none_active_since = None
+            kept = clients[endpoint]
+            return endpoint, kept
+        finally:
+            for client in clients.values():
+                if client is not kept:
+                    login.leave(client)
+
+    async def left_behind(self, present: str, found: Standing) -> bool:
+        """Whether another server of the set is the one to use now, seen from the one in use, which stands so."""
+        self.standing[present] = found
+        others = [one for one in self._login.endpoints if one != present]
+        if not others:
+            return False
+        if not found.usable:
+            return True
+        if found.healthy:
+            return False
+        # A degraded server is better than none: it is left only for one that is better.
+        clients = [self._login.new_client(one) for one in others]
+        try:
+            answers = await asyncio.gather(
+                *(self._ask(one, client) for one, client in zip(others, clients, strict=True)),
+                return_exceptions=True,
+            )
+        finally:
+            for client in clients:
+                self._login.leave(client)
+        return any(
+            isinstance(told, Standing) and told.state == RUNNING and told.level > found.level for told in answers
+        )
+
+    async def _ask(self, endpoint: str, client: Client) -> Standing:
+        await self._login.log_in(client, endpoint)
+        try:
+            return await within(standing(client), self._login.timeout_s)
+        except Exception as error:
+            what = f"read the ServiceLevel of {endpoint}"
+            raise self._login.problem(error, what, self._login.where(endpoint)) from error

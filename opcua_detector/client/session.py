@@ -15,54 +15,26 @@ import random
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from asyncua import Client
-from asyncua.ua.uaerrors import UaError
 
 from ..config import ServerConfig
-from ..errors import AccessRefused, ConnectionProblem, DetectorError, ServerUnreachable
-from . import pki, secure, wire
+from ..errors import ConnectionProblem, DetectorError, ServerUnreachable
+from . import secure, wire
 from .limits import Limits
+from .login import ENDING_S as ENDING_S
+from .login import Login, quiet_asyncua
 from .publish import PublishPump
-from .redundancy import Standing, choose, standing
+from .redundancy import RedundantSet, Standing, standing
 from .waiting import end_tasks, farewell, within
 
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 5.0
 PROBE_S = 5.0  # an idle session is asked for its state this often
-ENDING_S = 1.0  # at most, of the time-out, for tasks that are cancelled on closing
-# A session that we lost lives on at the server for this long, and small PLCs have room for few.
-SESSION_TIMEOUT_MS = 30_000
 _T = TypeVar("_T")
 
-# What refuses the user, the certificate or the policy (Part 4, 7.38).
-_ACCESS = frozenset(
-    {
-        "BadUserAccessDenied",
-        "BadIdentityTokenInvalid",
-        "BadIdentityTokenRejected",
-        "BadSecurityChecksFailed",
-        "BadSecurityPolicyRejected",
-        "BadSecurityModeRejected",
-        "BadSecurityModeInsufficient",
-        "BadCertificateInvalid",
-        "BadCertificateUntrusted",
-        "BadCertificateTimeInvalid",
-        "BadCertificateHostNameInvalid",
-        "BadCertificateUriInvalid",
-        "BadCertificateUseNotAllowed",
-        "BadCertificateRevoked",
-        "BadCertificateChainIncomplete",
-        "BadCertificateIssuerTimeInvalid",
-        "BadCertificateRevocationUnknown",
-        "BadApplicationSignatureInvalid",
-        "BadUserSignatureInvalid",
-        "BadNoValidCertificates",
-        "BadNonceInvalid",
-    }
-)
 _DEAD = frozenset(
     {
         "BadSessionIdInvalid",
@@ -72,9 +44,6 @@ _DEAD = frozenset(
         "BadSessionNotActivated",
     }
 )
-_USER = frozenset({"BadUserAccessDenied", "BadIdentityTokenInvalid", "BadIdentityTokenRejected"})
-
-
 class LinkState(StrEnum):
     """Where a session stands."""
 
@@ -109,11 +78,11 @@ class Session:
     ----------
     state : LinkState
     endpoint : str; of the redundant set the one that is used, or was last
-    standing : Standing; ServerState and ServiceLevel as last read, for each endpoint
     namespaces : list of str; NamespaceArray of this connection
     limits : Limits; how many items go into one call
     clock_offset_s : float; clock of the server less ours, NaN until it is measured (`clock.ClockWatch`)
-    counters : connects, reconnects, failed_attempts, lost, halved_calls, changeovers (to another endpoint)
+    counters : connects, reconnects, failed_attempts, lost, halved_calls, changeovers (to another endpoint), oversized
+        (connections that were dropped because the server sends more than we take)
     security : Security; policy, certificates and warnings of this connection
     """
 
@@ -127,17 +96,16 @@ class Session:
         self.config = config
         self.endpoint = config.endpoint
         self.endpoints = (config.endpoint, *config.endpoints)
-        self._securities = {
-            one: secure.Security(config.model_copy(update={"endpoint": one})) for one in self.endpoints
-        }
-        self.standing: dict[str, Standing] = {}
+        self._login = Login(config, self._oversized)
+        self._set_of = RedundantSet(self._login)
         self.clock_offset_s = math.nan
         self.timeout_s = config.timeout / 1e9
         self.state = LinkState.CLOSED
         self.namespaces: list[str] = []
         self.limits = Limits()
         self.counters = {
-            "connects": 0, "reconnects": 0, "failed_attempts": 0, "lost": 0, "halved_calls": 0, "changeovers": 0
+            "connects": 0, "reconnects": 0, "failed_attempts": 0, "lost": 0, "halved_calls": 0, "changeovers": 0,
+            "oversized": 0,
         }
         self.reason = ""
         self.pump: PublishPump | None = None
@@ -150,15 +118,19 @@ class Session:
         self._life: object | None = None  # from open() to close(); a task of an earlier life ends by itself
         self._lost = asyncio.Event()
         self._attempt_failed = ""
-        self._leaving: set[asyncio.Task[None]] = set()
-        self._none_active_since: float | None = None
+        self._connected_at = -math.inf
         self._told = LinkState.CLOSED
-        _quiet_asyncua()
+        quiet_asyncua()
 
     @property
     def security(self) -> secure.Security:
         """Policy, certificates and warnings of the endpoint in use."""
-        return self._securities[self.endpoint]
+        return self._login.securities[self.endpoint]
+
+    @property
+    def standing(self) -> dict[str, Standing]:
+        """ServerState and ServiceLevel as last read, by endpoint."""
+        return self._set_of.standing
 
     @property
     def client(self) -> Client:
@@ -170,7 +142,7 @@ class Session:
     @property
     def where(self) -> str:
         """Name, endpoint and policy, as errors and logs show them."""
-        return f"server {self.config.name} at {self.endpoint} ({self.security.text})"
+        return self._login.where(self.endpoint)
 
     def limit(self, kind: str) -> int:
         """Return how many items the server takes in one call of a kind (`limits.KINDS`)."""
@@ -179,7 +151,7 @@ class Session:
     async def attach(self, part: Part) -> None:
         """Let a part live on this session; it is built now when the session is connected."""
         self._parts.append(part)
-        if self.state is LinkState.CONNECTED:
+        if self.state is LinkState.CONNECTED:  # while connecting the attempt finds it, otherwise the next one
             await part.link_up()
 
     def detach(self, part: Part) -> None:
@@ -211,8 +183,8 @@ class Session:
         self._parts_down()
         self._stop_pump()
         try:
-            await end_tasks((task, probe, *self._leaving), ending_s)
-            await end_tasks(tuple(self._leaving), ending_s)  # of an attempt that has just been given up
+            await end_tasks((task, probe, *self._login.leaving), ending_s)
+            await end_tasks(tuple(self._login.leaving), ending_s)  # of an attempt that has just been given up
             if client is not None and wire.is_open(client):
                 await farewell(client.disconnect(), self.timeout_s - ending_s)
         finally:
@@ -252,6 +224,27 @@ class Session:
             raise self._gone(what)
         return answer
 
+    async def read_namespaces(self) -> None:
+        """Read the NamespaceArray: a server that has just started may add to it while it is connected.
+
+        Where what was known has another place now, the connection is rebuilt: all NodeIds on it are wrong.
+        """
+        found = list(await self.call(self.client.get_namespace_array(), "read the NamespaceArray"))
+        if found[: len(self.namespaces)] != self.namespaces:
+            self.fail("the server's namespaces have changed their places")
+        self.namespaces = found
+
+    def watch_over(self, task: asyncio.Task[None], client: Client) -> None:
+        """Rebuild the connection when a task that lives on it ends by an error that nobody has foreseen."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                log.error("%s: %s has ended", self.where, task.get_name(), exc_info=error)
+                self.fail(f"{task.get_name()} has ended: {error!r}", client)
+
+        task.add_done_callback(ended)
+
     def _gone(self, what: str) -> ServerUnreachable:
         return ServerUnreachable(
             f"the connection was lost: {what}", where=self.where, next_step="wait for the connection"
@@ -259,52 +252,15 @@ class Session:
 
     def problem(self, error: BaseException, what: str) -> ConnectionProblem:
         """Translate an error of the network or of asyncua; the text never holds the password."""
-        name = type(error).__name__
-        if isinstance(error, TimeoutError | asyncio.CancelledError):
-            return ServerUnreachable(
-                f"no answer within {self.timeout_s:g} s: {what}",
-                where=self.where,
-                next_step="check that the server runs and the network lets the port through",
-            )
-        if isinstance(error, OSError):
-            return ServerUnreachable(
-                f"{what}: {error.strerror or error or name}",
-                where=self.where,
-                next_step="check endpoint, host and port, and that the server runs",
-            )
-        if name in ("BadTooManySessions", "BadMaxConnectionsReached"):
-            return ConnectionProblem(
-                f"{what}: the server has no room for one more session ({name})",
-                where=self.where,
-                next_step="close other clients of the server, or raise its session limit",
-            )
-        if name in _ACCESS:
-            return AccessRefused(
-                f"{what}: the server answers {name}", where=self.where, next_step=self._access_step(name)
-            )
-        return ConnectionProblem(
-            f"{what}: {name}{f': {error}' if isinstance(error, UaError) else ''}",
-            where=self.where,
-            next_step="see the server's log",
-        )
+        return self._login.problem(error, what, self.where)
 
-    def _access_step(self, name: str) -> str:
-        if name in _USER:
-            if self.config.user:
-                return (
-                    f"check user {self.config.user!r} and its password, and that the server allows this user"
-                )
-            return (
-                "give user and password_env (or password_file): the server does not take anonymous sessions"
-            )
-        if name == "BadSecurityModeInsufficient" and self.config.user:
-            return "mode: SignAndEncrypt; in mode Sign the server takes the password unencrypted"
-        if name.startswith("BadSecurityPolicy") or name.startswith("BadSecurityMode"):
-            return "choose a policy and mode that the server offers"
-        return (
-            f"let the server trust this client's certificate ({pki.certificate_file(self.config.pki)}), "
-            "and check server_certificate"
-        )
+    async def discover(self) -> secure.Discovery:
+        """Ask the server for its endpoints and its time, over a channel of its own; no login, nothing is checked."""
+        return await self._login.discover(self.endpoint)
+
+    def _oversized(self, problem: ConnectionProblem) -> None:
+        self.counters["oversized"] += 1
+        log.warning("%s: %s", self.where, problem.what)
 
     def _set(self, state: LinkState, reason: str) -> None:
         if state is self.state:
@@ -321,7 +277,13 @@ class Session:
                     log.exception("%s: the change to %s could not be told", self.where, state.value)
 
     async def _keep_alive(self, life: object) -> None:
-        """Connect again whenever the connection is lost, with growing, jittered delays."""
+        """Connect again whenever the connection is lost, with growing, jittered delays.
+
+        A connection that did not outlive the longest delay counts as one more attempt: a server that takes everybody in
+        and hangs up on the first request must not be asked five times a second for ever.
+        """
+        loop = asyncio.get_running_loop()
+        delay = FIRST_DELAY_S
         while self._life is life:
             await self._lost.wait()
             if self._life is not life:
@@ -329,11 +291,13 @@ class Session:
             log.warning("%s: connection lost: %s", self.where, self.reason)
             self.counters["lost"] += 1
             self._drop(self.reason)
-            delay = FIRST_DELAY_S
+            if loop.time() - self._connected_at > LAST_DELAY_S:
+                delay = FIRST_DELAY_S
             while True:
                 await asyncio.sleep(delay * self._rng.uniform(0.5, 1.0))
                 if self._life is not life:
                     return
+                delay = min(delay * 2, LAST_DELAY_S)
                 try:
                     await self._connect(life)
                     break
@@ -342,7 +306,6 @@ class Session:
                 except Exception as error:
                     log.exception("%s: a part could not be built again", self.where)
                     self._attempt(repr(error))
-                delay = min(delay * 2, LAST_DELAY_S)
             self.counters["reconnects"] += 1
             self._attempt_failed = ""
             log.warning("%s: connected again", self.where)
@@ -362,21 +325,8 @@ class Session:
         self._stop_pump()
         self._parts_down()
         if client is not None:
-            self._leave(client)
+            self._login.leave(client)
         self._set(LinkState.WAITING, reason)
-
-    def _leave(self, client: Client) -> None:
-        """Drop a connection; a server that may still hear us is told, so that it does not keep the session.
-
-        By a task of its own: the next attempt does not wait for a server that may be frozen.
-        """
-        wire.on_closed(client, _nobody)
-        if not wire.is_open(client):
-            wire.abandon(client)
-            return
-        task = asyncio.create_task(_say_goodbye(client, min(ENDING_S, self.timeout_s / 2)), name="leaving")
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
 
     def _parts_down(self) -> None:
         for part in tuple(self._parts):
@@ -398,10 +348,15 @@ class Session:
         client = await self._open_client(life)
         self._lost.clear()
         try:
-            self.namespaces = await self.call(client.get_namespace_array(), "read the NamespaceArray")
+            if self._client is not client:
+                raise self._gone("the session was closed")
+            self.namespaces = []
+            await self.read_namespaces()
             await self.call(self.limits.read(client), "read the OperationLimits")
             self.pump = PublishPump(client, partial(self.fail, of=client), timeout_s=self.timeout_s)
-            for part in tuple(self._parts):
+            built: list[Part] = []
+            while (part := next((one for one in self._parts if one not in built), None)) is not None:
+                built.append(part)
                 await part.link_up()
             if self._client is not client:
                 raise self._gone("the session was closed")
@@ -412,26 +367,28 @@ class Session:
                 self._parts_down()
                 self._set(LinkState.WAITING, str(error))
             if isinstance(error, ConnectionProblem) and not isinstance(error, ServerUnreachable):
-                self._leave(client)
+                self._login.leave(client)
             else:
                 wire.abandon(client)
             raise
         self.counters["connects"] += 1
+        self._connected_at = asyncio.get_running_loop().time()
         self._set(LinkState.CONNECTED, "")
         self._tell_security(first=self.counters["connects"] == 1)
         wire.on_closed(client, partial(self._socket_lost, client))
         if not wire.is_open(client):
             self.fail("the server closed the connection", client)
         self._probe_task = asyncio.create_task(self._probe(client), name=f"probe {self.config.name}")
+        self.watch_over(self._probe_task, client)
 
     async def _open_client(self, life: object) -> Client:
         """Log in: to the one endpoint there is, or to the active one of a redundant set."""
         if len(self.endpoints) == 1:
-            client = self._new_client(self.endpoint)
+            client = self._login.new_client(self.endpoint)
             self._client = client
             self._lost.clear()
             try:
-                await self._log_in(client)
+                await self._login.log_in(client, self.endpoint)
             except BaseException as error:
                 wire.abandon(client)
                 if self._client is client:
@@ -440,64 +397,19 @@ class Session:
                 raise
             return client
         try:
-            endpoint, client = await self._active(life)
+            endpoint, client = await self._set_of.active(self.endpoint)
         except BaseException as error:
             if self._life is life:
                 self._set(LinkState.WAITING, str(error))
             raise
+        if self._life is not life:
+            self._login.leave(client)
+            raise self._gone("the session was closed")
         if self.counters["connects"] and endpoint != self.endpoint:
             self.counters["changeovers"] += 1
             log.warning("%s: %s takes over", self.where, endpoint)
         self.endpoint, self._client = endpoint, client
         return client
-
-    def _new_client(self, endpoint: str) -> Client:
-        return Client(endpoint, timeout=self.timeout_s)
-
-    async def _active(self, life: object) -> tuple[str, Client]:
-        """Log in to all endpoints, ask each how it stands, keep the active one; the others are left again.
-
-        Raises ConnectionProblem where none answers, or none is active (`redundancy.choose`).
-        """
-        clients = {one: self._new_client(one) for one in self.endpoints}
-        kept: Client | None = None
-        try:
-            answers = await asyncio.gather(
-                *(self._ask_standing(one, client) for one, client in clients.items()), return_exceptions=True
-            )
-            problems: dict[str, BaseException] = {}
-            for one, told in zip(clients, answers, strict=True):
-                self.standing[one] = told if isinstance(told, Standing) else Standing()
-                if isinstance(told, BaseException):
-                    problems[one] = told
-            if len(problems) == len(clients):
-                raise problems[self.endpoint]
-            if self._life is not life:
-                raise self._gone("the session was closed")
-            now = asyncio.get_running_loop().time()
-            waited_s = 0.0 if self._none_active_since is None else now - self._none_active_since
-            endpoint = choose(self.standing, self.endpoint, waited_s)
-            if endpoint is None:
-                self._none_active_since = now if self._none_active_since is None else self._none_active_since
-                told_all = ", ".join(f"{one}: {self.standing[one].text}" for one in self.endpoints)
-                raise ServerUnreachable(
-                    f"no server of the redundant set is active ({told_all})", where=self.where,
-                    next_step="wait until one takes over, or look after the servers",
-                )
-            self._none_active_since = None
-            kept = clients[endpoint]
-            return endpoint, kept
-        finally:
-            for client in clients.values():
-                if client is not kept:
-                    self._leave(client)
-
-    async def _ask_standing(self, endpoint: str, client: Client) -> Standing:
-        await self._log_in(client, endpoint)
-        try:
-            return await within(standing(client), self.timeout_s)
-        except Exception as error:
-            raise self.problem(error, f"read the ServiceLevel of {endpoint}") from error
 
     def _tell_security(self, *, first: bool = False) -> None:
         """Log what there is to say of certificates and, once, that the server is not checked."""
@@ -533,106 +445,6 @@ class Session:
                     self.fail(type(error).__name__, client)
                     return
                 continue
-            self.standing[self.endpoint] = found
-            if len(self.endpoints) > 1 and await self._left_behind(found):
+            if await self._set_of.left_behind(self.endpoint, found):
                 self.fail(f"the server is not the active one any more ({found.text})", client)
                 return
-
-    async def _left_behind(self, found: Standing) -> bool:
-        """Whether another server of the redundant set is the one to use now, seen from the one in use."""
-        if not found.usable:
-            return True
-        if found.healthy:
-            return False
-        # A degraded server is better than none: it is left only for one that is better.
-        others = [one for one in self.endpoints if one != self.endpoint]
-        clients = [self._new_client(one) for one in others]
-        try:
-            answers = await asyncio.gather(
-                *(self._ask_standing(one, client) for one, client in zip(others, clients, strict=True)),
-                return_exceptions=True,
-            )
-        finally:
-            for client in clients:
-                self._leave(client)
-        return any(isinstance(told, Standing) and told.state == 0 and told.level > found.level for told in answers)
-
-    async def _log_in(self, client: Client, endpoint: str | None = None) -> None:
-        config = self.config
-        security = self._securities[endpoint or self.endpoint]
-        where = f"server {config.name} at {endpoint or self.endpoint} ({security.text})"
-        client.name = client.description = "opcua-detector"
-        client.product_uri = "urn:opcua-detector"
-        client.session_timeout = SESSION_TIMEOUT_MS
-        security.identify(client, where)
-        if config.policy != "None":
-            found = await self.discover(endpoint)
-            await self.call(security.prepare(client, found, where), "load the certificates")
-        await self.call(client.connect_socket(), "open the connection")
-        try:
-            await self._stage(client.send_hello(), "say hello")
-            await self._stage(client.open_secure_channel(), "open a secure channel")
-            await self._stage(wire.start_session(client), "create and activate a session")
-            client.set_password("")  # not needed any more, and in nobody's memory dump
-        except BaseException:
-            wire.abandon(client)
-            raise
-
-    async def discover(self, endpoint: str | None = None) -> secure.Discovery:
-        """Ask the server for its endpoints and its time, over a channel of its own; no login, nothing is checked."""
-        return await self.call(secure.discover(endpoint or self.endpoint, self.timeout_s), "ask for the endpoints")
-
-    async def _endpoints(self) -> list[Any]:
-        return list((await self.discover()).endpoints)
-
-    async def _stage(self, request: Awaitable[Any], what: str) -> None:
-        """Await one step of the log-in; a server that hangs up in it refuses policy or certificate."""
-        try:
-            await within(request, self.timeout_s)
-        except DetectorError:
-            raise
-        except Exception as error:
-            problem = self.problem(error, what)
-            closed = isinstance(error, ConnectionError) or (
-                isinstance(error, UaError)
-                and not isinstance(problem, AccessRefused)
-                and type(error) is UaError
-            )
-            if what != "say hello" and (
-                closed or (isinstance(error, TimeoutError) and self.config.policy != "None")
-            ):
-                problem = await self._refusal(what, error, problem)
-            raise problem from error
-
-    async def _refusal(self, what: str, error: Exception, problem: ConnectionProblem) -> ConnectionProblem:
-        """Find out why the server hung up: is the policy offered at all?"""
-        try:
-            offered = await self._endpoints()
-        except ConnectionProblem:
-            return problem  # gone altogether
-        if not secure.fitting(offered, self.config):
-            return secure.not_offered(offered, self.where)
-        return AccessRefused(
-            f"{what}: the server hung up ({type(error).__name__})",
-            where=self.where,
-            next_step=self._access_step("BadCertificateUntrusted"),
-        )
-
-
-async def _say_goodbye(client: Client, timeout_s: float) -> None:
-    try:
-        await farewell(client.disconnect(), timeout_s)
-    finally:
-        wire.abandon(client)
-
-
-def _nobody(error: Exception | None) -> None:
-    """Nobody has to know when a connection closes that was given up."""
-
-
-def _quiet_asyncua() -> None:
-    """Keep asyncua from logging each refused call; what matters is logged here, on change of state."""
-    logger = logging.getLogger("asyncua")
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.CRITICAL + 1)
-    secure.hide_logins()  # whoever sets a level of their own must not find a password in the log

@@ -1,11 +1,7 @@
 """One subscription for the tags of a group on one server: one call per notification, with all its values.
 
 The client handle of a monitored item is the column of its tag. What the server revised is kept and shown; an item that
-fails is retried with growing delays while the rest runs.
-
-What cannot be monitored, or not fast enough, is polled (`polling`): tags for which the server has no room or no
-sampling as fast as the period, all of them where it has no room for a subscription or publishes too slowly. What was
-refused for lack of room is asked for again now and then.
+fails is retried with growing delays while the rest runs, and what cannot be monitored is polled (`items`).
 """
 
 from __future__ import annotations
@@ -14,19 +10,18 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from asyncua import Client, ua
-from asyncua.ua.uaerrors import UaStatusCodeError
 from numpy.typing import NDArray
 
-from ..errors import ConnectionProblem, DetectorError, NodeProblem
-from . import wire
-from .limits import TOO_MUCH, in_batches
-from .nodes import NodeRef, resolve
+from ..errors import ConnectionProblem, DetectorError
+from . import silence, wire
+from .intake import Intake, OnSamples
+from .items import NO_REPORTS, NO_ROOM, Item, Monitoring
 from .polling import Poller
 from .session import LinkState, Session
 
@@ -35,64 +30,11 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 5.0
 LIFETIME_S = 60.0
 SILENCE_MARGIN_S = 2.0  # beyond a keep-alive interval; then the connection counts as dead
-BURST_S = 1.0  # the item queue holds what a server may send after a stall of this length
-GOOD_OVERLOAD = 0x002F0000  # Part 4, 7.38.2: sampling slowed down for lack of resources
-_FILTER_REFUSED = frozenset(
-    {"BadMonitoredItemFilterUnsupported", "BadMonitoredItemFilterInvalid", "BadFilterNotAllowed"}
-)
-# No room: the rest runs, these are polled and asked for again.
-_NO_ROOM = TOO_MUCH | {
-    "BadTooManyMonitoredItems", "BadTooManySubscriptions", "BadOutOfMemory", "BadResourceUnavailable",
-    "BadMaxConnectionsReached", "BadLicenseExpired", "BadLicenseLimitsExceeded",
-}
-# The server, or this node, cannot report changes at all: these are polled.
-_NO_REPORTS = frozenset({
-    "BadServiceUnsupported", "BadNotSupported", "BadNotImplemented", "BadMonitoringModeInvalid",
-    "BadDataEncodingUnsupported", *_FILTER_REFUSED,
-})
-# A value with one of these means that the node is not there any more, or not for us: its item may stay dead for ever.
-_GONE = np.array(
-    [getattr(ua.StatusCodes, name) for name in (
-        "BadNodeIdUnknown", "BadNodeIdInvalid", "BadAttributeIdInvalid", "BadNotReadable", "BadUserAccessDenied",
-        "BadMonitoredItemIdInvalid",
-    )],
-    np.uint32,
-)
-_TYPE_MISMATCH = np.uint32(ua.StatusCodes.BadTypeMismatch)
 _RETRY_FIRST_S, _RETRY_LAST_S = 1.0, 30.0
 _ROOM_FIRST_S, _ROOM_LAST_S = 60.0, 600.0  # between two tries to monitor what is polled for lack of room
 _TOO_SLOW = 2.0  # times the longer of what was asked and of the period: a publishing interval that is too long
 _ROUNDING = 1.01
 _LATE_S = 0.1  # beyond this our own loop stood still, and what was sent to us meanwhile is not read yet
-
-OnSamples = Callable[[NDArray[np.int32], NDArray[np.int64], NDArray[np.float64], NDArray[np.uint32]], None]
-
-
-@dataclass(slots=True)
-class Item:
-    """One tag of the subscription.
-
-    reason : str; why it does not deliver, empty while it does
-    polled : str; why it is polled, empty while it is monitored
-    revised_sampling_ms, revised_queue : what the server made of the request
-    text : whether a text is a value of this tag (its code); else it is masked
-    textual : whether its last value was a text although it should not be
-    """
-
-    name: str
-    node: str
-    column: int
-    reason: str = "not connected"
-    revised_sampling_ms: float = math.nan
-    revised_queue: int = 0
-    filtered: bool = True
-    text: bool = True
-    polled: str = ""
-    textual: bool = False
-    item_id: int | None = None
-    doubted: bool = False  # its node was gone: it delivers again when a value says so
-    renew: bool = False  # and is monitored anew, whatever the old item still sent (a value may overtake the news)
-
 
 @dataclass(slots=True)
 class Revised:
@@ -118,7 +60,8 @@ class Subscription:
 
     counters : notifications, samples, keep_alives, overload (GoodOverload), null_timestamp, lost_notifications,
         rebuilt (subscriptions made anew), type_changes (to text and back), not_numeric (samples masked for that),
-        unknown_handles (samples of items that are none of ours), polls, poll_overruns, poll_failures,
+        unknown_handles (samples of items that are none of ours), silent_items (monitored anew, since the server did not
+        report their changes any more), polls, poll_overruns, poll_failures,
         handler_errors (see `Poller`)
     """
 
@@ -152,26 +95,24 @@ class Subscription:
             "type_changes": 0,
             "not_numeric": 0,
             "unknown_handles": 0,
+            "silent_items": 0,
         }
         self.poller = Poller(
             session, period_ns or publishing_ns, self._polled, clock_ns=clock_ns
         )
         self.last_heard_ns = 0
-        self._sampling_ns, self._publishing_ns = sampling_ns, publishing_ns
-        self._on_samples, self._on_lost, self._on_idle = on_samples, on_lost, on_idle
+        self._publishing_ns = publishing_ns
+        self._on_lost, self._on_idle = on_lost, on_idle
         self._keep_alive_s = KEEP_ALIVE_S if keep_alive_s is None else min(keep_alive_s, KEEP_ALIVE_S)
-        self._clock_ns, self._utc_ns = clock_ns, utc_ns
-        self._by_column = {item.column: item for item in self.items}
+        self._clock_ns = clock_ns
         self._period_ns, self._poll = period_ns, poll
-        width = max(self._by_column, default=-1) + 1
-        self._own = np.zeros(width, np.bool_)  # by column: is it one of these items
-        self._own[list(self._by_column)] = True
-        self._no_text = np.zeros(width, np.bool_)
-        self._no_text[[item.column for item in self.items if not item.text]] = True
-        self._doubted = np.zeros(width, np.bool_)  # by column, as the items say
-        self._textual = np.zeros(width, np.bool_)
+        self._state = Monitoring(
+            session, self.items, self.poller, self._exchange, sampling_ns=sampling_ns, publishing_ns=publishing_ns,
+            period_ns=period_ns,
+        )
+        self._silence = silence.Silence(len(self._state.doubted), clock_ns)
+        self._intake = Intake(self.items, self._state, on_samples, self.counters, self._silence, utc_ns)
         self._told_ms = math.nan
-        self._id: int | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._client: Client | None = None  # the tasks of any other connection end by themselves
         self._alive = False
@@ -182,6 +123,10 @@ class Subscription:
         return self._alive
 
     @property
+    def _id(self) -> int | None:
+        return self._state.subscription_id
+
+    @property
     def counts(self) -> dict[str, int]:
         """All counters, those of the polls included."""
         return self.counters | self.poller.counters
@@ -190,20 +135,24 @@ class Subscription:
         """Create the subscription and its items, or begin to poll."""
         client = self.session.client
         if not self.session.limits.profile.filters:
-            for item in self.items:
-                item.filtered = False
+            self._state.without_filter()
         if self._poll:
-            await self._poll_items(self.items, "as configured")
+            await self._poll_all("as configured")
         else:
             await self._create()
         self._alive = True
         if len(self.poller):
             self.poller.start(client)
-        self._tasks = [
-            asyncio.create_task(self._watch(client), name="silence"),
-            asyncio.create_task(self._retry(client), name="items that fail"),
-        ]
+        self._tasks = []
+        self._begin(self._watch(client), "silence", client)
+        self._begin(self._retry(client), "items that fail", client)
+        self._begin(self._look_after(client), "items that are silent", client)
         self._client = client
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str, client: Client) -> None:
+        task = asyncio.create_task(work, name=name)
+        self.session.watch_over(task, client)
+        self._tasks.append(task)
 
     def link_down(self) -> None:
         """Forget the subscription of the lost connection."""
@@ -214,11 +163,7 @@ class Subscription:
         self.poller.stop()
         if self._id is not None and self.session.pump is not None:
             self.session.pump.forget(self._id)
-        self._id = None
-        for item in self.items:
-            item.reason = "not connected"
-            item.item_id, item.polled, item.doubted, item.renew = None, "", False, False
-        self._doubted[:] = False
+        self._state.forget()
         if self._alive:
             self._alive = False
             self._on_lost()
@@ -245,12 +190,12 @@ class Subscription:
             )
         except ConnectionProblem as problem:
             name = type(problem.__cause__).__name__
-            if name not in _NO_ROOM | _NO_REPORTS:
+            if name not in NO_ROOM | NO_REPORTS:
                 raise
-            await self._poll_items(self.items, name)
+            await self._poll_all(name)
             return
         result = response.Parameters
-        self._id = int(result.SubscriptionId)
+        self._state.subscription_id = number = int(result.SubscriptionId)
         self.revised = Revised(
             float(result.RevisedPublishingInterval),
             int(result.RevisedMaxKeepAliveCount),
@@ -262,13 +207,15 @@ class Subscription:
         slowest_ms = _TOO_SLOW * max(publishing_ms, (self._period_ns or 0) / 1e6)
         if self._period_ns is not None and self.revised.publishing_ms > slowest_ms:
             await self._end()
-            await self._poll_items(
-                self.items, f"the server publishes no faster than every {self.revised.publishing_ms:g} ms"
-            )
+            await self._poll_all(f"the server publishes no faster than every {self.revised.publishing_ms:g} ms")
             return
         assert session.pump is not None
-        session.pump.register(self._id, self._published)
-        await self._create_items(self.items)
+        self._silence.begin()
+        session.pump.register(number, self._published, self._intake.elements)
+        await self._state.create(self._state.carriers, self._client)
+
+    async def _poll_all(self, why: str) -> None:
+        await self._state.poll(self._state.carriers, why, self._client)
 
     def _tell_revised(self, asked_ms: float) -> None:
         """Say once per change when the server publishes more slowly than it was asked to."""
@@ -281,157 +228,16 @@ class Subscription:
 
     async def _end(self) -> None:
         """Delete the subscription at the server."""
-        number, self._id = self._id, None
+        number, self._state.subscription_id = self._id, None
         if self.session.pump is not None and number is not None:
             self.session.pump.forget(number)
         request = ua.DeleteSubscriptionsRequest()
         request.Parameters.SubscriptionIds = [number]
         await self.session.call(self._exchange(request, ua.DeleteSubscriptionsResponse), "delete a subscription")
 
-    async def _poll_items(self, items: Sequence[Item], why: str) -> None:
-        """Read these items once per period from now on; what is not found keeps its reason."""
-        found = await resolve(self.session, [item.node for item in items])
-        polled = 0
-        for item in items:
-            ref = found[item.node]
-            if isinstance(ref, NodeProblem):
-                self._fails(item, ref.what)
-                continue
-            polled += item.polled != why
-            item.polled, item.renew = why, False
-            if item.doubted or item.reason:
-                self._doubt(item)  # whether it delivers its first answer tells
-            self.poller.add(item.column, ref.id)
-        if polled:
-            log.warning(
-                "%s: %d of %d tags are polled every %g ms: %s", self.session.where, polled, len(self.items),
-                self.poller.period_ns / 1e6, why,
-            )
-        if self._client is not None and len(self.poller):
-            self.poller.start(self._client)
-
     async def _exchange(self, request: Any, answer: type) -> Any:
         body = await wire.send(self.session.client, request, self.session.timeout_s)
         return wire.decode(body, answer)
-
-    async def _create_items(self, items: Sequence[Item]) -> None:
-        """Resolve and monitor items; what fails keeps its reason, the rest delivers."""
-        await self._delete_items([item for item in items if item.item_id is not None])
-        found = await resolve(self.session, [item.node for item in items])
-        ready: list[tuple[Item, NodeRef]] = []
-        for item in items:
-            ref = found[item.node]
-            if isinstance(ref, NodeProblem):
-                self._fails(item, ref.what)
-            else:
-                ready.append((item, ref))
-        refused = await self._monitor(ready)
-        if refused:  # a server that knows no filter: its own trigger is better than nothing
-            for item, _ in refused:
-                item.filtered = False
-            await self._monitor(refused)
-        slow = [item for item in items if item.item_id is not None and self._samples_too_slowly(item)]
-        if slow:
-            worst = max(item.revised_sampling_ms for item in slow)
-            await self._delete_items(slow)
-            await self._poll_items(slow, f"the server samples no faster than every {worst:g} ms")
-
-    def _samples_too_slowly(self, item: Item) -> bool:
-        if self._period_ns is None or not self.session.limits.profile.tells_sampling:
-            return False
-        return item.revised_sampling_ms > self._period_ns / 1e6 * _ROUNDING
-
-    async def _delete_items(self, items: Sequence[Item]) -> None:
-        """Delete monitored items at the server; what it thinks of them does not matter."""
-        if not items or self._id is None:
-            return
-
-        async def ask(part: Sequence[Item]) -> Sequence[Any]:
-            request = ua.DeleteMonitoredItemsRequest()
-            request.Parameters.SubscriptionId = self._id
-            request.Parameters.MonitoredItemIds = [item.item_id for item in part]
-            return list((await self._exchange(request, ua.DeleteMonitoredItemsResponse)).Results)
-
-        await in_batches(self.session, "monitor", items, ask, "end the monitoring of tags")
-        for item in items:
-            item.item_id = None
-
-    async def _monitor(self, ready: Sequence[tuple[Item, NodeRef]]) -> list[tuple[Item, NodeRef]]:
-        """Create monitored items; return those whose filter was refused. What there is no room for is polled."""
-        answers = await in_batches(self.session, "monitor", ready, self._ask_to_monitor, "monitor the tags")
-        refused: list[tuple[Item, NodeRef]] = []
-        to_poll: dict[str, list[Item]] = {}
-        for (item, ref), (name, result) in zip(ready, answers, strict=True):
-            if result is not None:
-                item.item_id, item.renew = int(result.MonitoredItemId), False
-                item.revised_sampling_ms = float(result.RevisedSamplingInterval)
-                item.revised_queue = int(result.RevisedQueueSize)
-                item.polled = ""
-                self.poller.remove(item.column)
-                if not item.doubted:
-                    self._delivers(item)
-            elif name in _FILTER_REFUSED and item.filtered:
-                refused.append((item, ref))
-            elif name in _NO_ROOM or name in _NO_REPORTS:
-                to_poll.setdefault(name, []).append(item)
-            else:
-                self._fails(item, name)
-        for name, items in to_poll.items():
-            await self._poll_items(items, name)
-        return refused
-
-    async def _ask_to_monitor(self, ready: Sequence[tuple[Item, NodeRef]]) -> Sequence[tuple[str, Any]]:
-        """Ask for monitored items in one call; return (name of the status, result or None) of each."""
-        request = ua.CreateMonitoredItemsRequest()
-        request.Parameters.SubscriptionId = self._id
-        request.Parameters.TimestampsToReturn = ua.TimestampsToReturn.Both
-        span_ns = max(self._publishing_ns, int(BURST_S * 1e9))
-        sampling_ms = self.session.limits.profile.sampling(self._sampling_ns / 1e6)
-        every_ms = sampling_ms or (self._period_ns or self._publishing_ns) / 1e6
-        queue = math.ceil(span_ns / (every_ms * 1e6)) + 2
-        for item, ref in ready:
-            one = ua.MonitoredItemCreateRequest()
-            one.ItemToMonitor.NodeId = ref.id
-            one.ItemToMonitor.AttributeId = ua.AttributeIds.Value
-            one.MonitoringMode = ua.MonitoringMode.Reporting
-            asked = one.RequestedParameters
-            asked.ClientHandle = item.column
-            asked.SamplingInterval = sampling_ms
-            asked.QueueSize = min(1000, max(10, queue))
-            asked.DiscardOldest = True
-            if item.filtered:
-                trigger = ua.DataChangeFilter()
-                trigger.Trigger = ua.DataChangeTrigger.StatusValueTimestamp
-                trigger.DeadbandType = ua.DeadbandType.None_
-                asked.Filter = trigger
-            request.Parameters.ItemsToCreate.append(one)
-        try:
-            response = await self._exchange(request, ua.CreateMonitoredItemsResponse)
-        except UaStatusCodeError as error:
-            name = wire.status_name(error.code)
-            if (name in TOO_MUCH and len(ready) > 1) or name not in _NO_ROOM | _NO_REPORTS:
-                raise
-            return [(name, None)] * len(ready)
-        return [
-            (one.StatusCode.name, one if one.StatusCode.is_good() else None) for one in response.Results
-        ]
-
-    def _fails(self, item: Item, reason: str) -> None:
-        if item.reason != reason:
-            log.warning(
-                "%s: tag %s (%s) delivers nothing: %s", self.session.where, item.name, item.node, reason
-            )
-        item.reason = reason
-
-    def _delivers(self, item: Item) -> None:
-        if item.reason not in ("", "not connected"):
-            log.warning("%s: tag %s (%s) delivers again", self.session.where, item.name, item.node)
-        item.reason = ""
-        item.doubted = self._doubted[item.column] = False
-
-    def _doubt(self, item: Item) -> None:
-        """Believe that an item delivers when a value of it says so."""
-        item.doubted = self._doubted[item.column] = True
 
     async def _retry(self, client: Client) -> None:
         """Try items that fail again, after 1 s, 2 s ... 30 s, and what is polled for lack of room, more rarely."""
@@ -442,7 +248,7 @@ class Subscription:
             await asyncio.sleep(delay)
             if self._client is not client:
                 return
-            failing = [item for item in self.items if item.reason or item.renew]
+            failing = self._state.failing
             if not failing or self.session.state is not LinkState.CONNECTED:
                 delay = _RETRY_FIRST_S
             try:
@@ -459,26 +265,40 @@ class Subscription:
 
     async def _again(self, failing: Sequence[Item]) -> None:
         """Look for nodes that fail and begin with them anew, each in its way."""
+        await self.session.read_namespaces()
         monitored = [item for item in failing if not item.polled] if self._id is not None else []
         polled = [item for item in failing if item.polled or self._id is None]
         if monitored:
-            await self._create_items(monitored)
+            await self._state.create(monitored, self._client)
         for why in {item.polled for item in polled}:
-            await self._poll_items([item for item in polled if item.polled == why], why or self._why_polled)
-
-    @property
-    def _why_polled(self) -> str:
-        return next((item.polled for item in self.items if item.polled), "there is no subscription")
+            again = [item for item in polled if item.polled == why]
+            await self._state.poll(again, why or self._state.why_polled, self._client)
 
     async def _ask_for_room(self) -> None:
         """Ask the server to monitor what it had no room for."""
-        waiting = [item for item in self.items if item.polled in _NO_ROOM]
+        waiting = self._state.waiting_for_room
         if not waiting:
             return
         if self._id is not None:
-            await self._create_items(waiting)
-        elif len(waiting) == len(self.items):
+            await self._state.create(waiting, self._client)
+        elif len(waiting) == len(self._state.carriers):
             await self._create()
+
+    async def _look_after(self, client: Client) -> None:
+        """Monitor anew what the server does not report any more although it changes (`silence`)."""
+        while self._client is client:
+            await asyncio.sleep(silence.SILENT_S)
+            if self._client is not client or self.session.state is not LinkState.CONNECTED:
+                continue
+            try:
+                lost = await self._silence.lost(self.session, self._state.monitored)
+            except DetectorError as error:
+                self.session.fail(error.what, client)
+                return
+            for item in lost:
+                log.warning("%s: tag %s (%s) changes and is not reported", self.session.where, item.name, item.node)
+                self.counters["silent_items"] += 1
+                item.renew = True
 
     async def _watch(self, client: Client) -> None:
         """Report the connection dead when neither values nor keep-alives come.
@@ -522,72 +342,13 @@ class Subscription:
             if self._on_idle is not None:
                 self._on_idle()
             return
-        samples = answer.samples
         self.counters["notifications"] += 1
-        handles = samples.handle
-        known = (handles >= 0) & (handles < len(self._own))
-        if not known.all() or not self._own[handles].all():
-            known[known] = self._own[handles[known]]
-            self.counters["unknown_handles"] += int(len(known) - known.sum())
-            samples = _only(samples, known)
-        if len(samples.handle):
-            self._take(samples.handle.astype(np.int32), samples.source_ns, samples)
+        self._intake.published(answer.samples)
 
     def _polled(self, columns: NDArray[np.int32], stamps: NDArray[np.int64], samples: wire.Samples) -> None:
         """Take the answer of one poll."""
         self.last_heard_ns = self._clock_ns()
-        self._take(columns, stamps, samples)
-
-    def _take(self, columns: NDArray[np.int32], stamps: NDArray[np.int64], samples: wire.Samples) -> None:
-        """Count what is odd, put in what is missing, and hand the samples on."""
-        self.counters["samples"] += len(columns)
-        null = stamps == wire.NO_STAMP
-        if null.any():
-            self.counters["null_timestamp"] += int(null.sum())
-            stamps = np.where(null, samples.server_ns, stamps)
-            stamps = np.where(stamps == wire.NO_STAMP, self._utc_ns(), stamps)
-        value, status = samples.value, samples.status
-        severe = status >= 0x80000000
-        if severe.any() or self._doubted.any():
-            self._look_for_gone(columns, status, severe)
-        self.counters["overload"] += int(((status & 0xFFFF0000) == GOOD_OVERLOAD).sum())
-        if samples.text_at is not None and (self._textual.any() or (samples.text_at >= 0).any()):
-            value, status = self._without_text(columns, samples.text_at >= 0, value, status)
-        self._on_samples(columns, stamps, value, status)
-
-    def _look_for_gone(
-        self, columns: NDArray[np.int32], status: NDArray[np.uint32], severe: NDArray[np.bool_]
-    ) -> None:
-        """Doubt items whose node is gone, and believe those again that deliver."""
-        gone = severe & np.isin(status & 0xFFFF0000, _GONE)
-        for i in np.flatnonzero(gone):
-            item = self._by_column.get(int(columns[i]))
-            if item is not None:
-                self._doubt(item)
-                item.renew = True
-                self._fails(item, wire.status_name(int(status[i]) & 0xFFFF0000))
-        for column in columns[~gone & self._doubted[columns]]:
-            self._delivers(self._by_column[int(column)])
-
-    def _without_text(
-        self, columns: NDArray[np.int32], text: NDArray[np.bool_], value: NDArray[np.float64],
-        status: NDArray[np.uint32],
-    ) -> tuple[NDArray[np.float64], NDArray[np.uint32]]:
-        """Mask the texts of tags that are numbers: the code of a text would pass for a value."""
-        wrong = text & self._no_text[columns]
-        bad = status >= 0x80000000  # without a value, which says nothing of the type
-        for i in np.flatnonzero((wrong != self._textual[columns]) & ~bad):
-            item = self._by_column[int(columns[i])]
-            item.textual = self._textual[item.column] = bool(wrong[i])
-            self.counters["type_changes"] += 1
-            log.warning(
-                "%s: tag %s (%s) delivers %s", self.session.where, item.name, item.node,
-                "text instead of numbers; it is masked" if item.textual else "numbers again",
-            )
-        if not wrong.any():
-            return value, status
-        self.counters["not_numeric"] += int(wrong.sum())
-        return np.where(wrong, np.nan, value), np.where(wrong, _TYPE_MISMATCH, status).astype(np.uint32)
+        self._intake.take(columns, stamps, samples)
 
     def _ended(self, code: str) -> None:
         """Make a new subscription on the same session when the server has ended this one."""
@@ -598,12 +359,10 @@ class Subscription:
         client = self.session.client
         if self.session.pump is not None:
             self.session.pump.forget(self._id)
-        self._id = None
-        for item in self.items:
-            item.item_id = None
+        self._state.without_subscription()
         self._alive = False
         self._tasks = [task for task in self._tasks if not task.done()]
-        self._tasks.append(asyncio.create_task(self._rebuild(client), name="rebuild"))
+        self._begin(self._rebuild(client), "rebuild", client)
         self._on_lost()
 
     async def _rebuild(self, client: Client) -> None:
@@ -611,11 +370,3 @@ class Subscription:
             await self._create()
         except DetectorError as error:
             self.session.fail(error.what, client)
-
-
-def _only(samples: wire.Samples, keep: NDArray[np.bool_]) -> wire.Samples:
-    """Return some of the samples."""
-    return wire.Samples(
-        samples.handle[keep], samples.source_ns[keep], samples.server_ns[keep], samples.value[keep],
-        samples.status[keep], text_at=None if samples.text_at is None else samples.text_at[keep], raw=samples.raw,
-    )

@@ -1,8 +1,8 @@
-"""The one file that touches asyncua's internals: sends without a task, and without asyncua's objects where bytes do.
+"""The file that touches asyncua's internals, beside `wire_receive`: sends without a task, in bytes where there are any.
 
-Why: asyncua's own path makes an asyncio task per tag value and a dataclass per field. Here a request is a future with
-a callback, prepared requests (`wire_requests`) go out as bytes, and answers that carry values are read into columns
-(`wire_decode`). Nothing here keeps state.
+Why: asyncua's own path makes an asyncio task per tag value and a dataclass per field. Here prepared requests
+(`wire_requests`) go out as bytes, messages are taken out of the socket by `wire_receive`, an answer is a future or a
+call, and answers that carry values are read into columns (`wire_decode`). Nothing here keeps state.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from asyncua.ua.ua_binary import struct_from_binary
 from ..errors import ConnectionProblem
 from ..kernels.wire import EPOCH_TICKS
 from .cipher import seal
+from .wire_columns import NO_STAMP, NOTE_NO_STAMP, NOTE_STATUS, NOTE_TEXT, NOTE_UNKNOWN, Columns, Samples
 from .wire_decode import (
     NO_ELEMENTS,
-    NO_STAMP,
-    Columns,
     HistoryPage,
     Message,
     Publish,
-    Samples,
     check,
     decode_history,
     decode_publish,
@@ -43,13 +41,20 @@ from .wire_decode import (
     read_message,
     write_results,
 )
+from .wire_receive import Answer, OnAnswer, take_over
 
 __all__ = [
+    "NOTE_NO_STAMP",
+    "NOTE_STATUS",
+    "NOTE_TEXT",
+    "NOTE_UNKNOWN",
     "NO_ELEMENTS",
     "NO_STAMP",
+    "Answer",
     "Columns",
     "HistoryPage",
     "Message",
+    "OnAnswer",
     "Prepared",
     "Publish",
     "Samples",
@@ -65,6 +70,7 @@ __all__ = [
     "on_closed",
     "open_publish",
     "open_republish",
+    "post",
     "read_message",
     "samples_of",
     "send",
@@ -127,8 +133,25 @@ def token_of(client: Client) -> bytes:
     return bytes(ua_binary.nodeid_to_binary(protocol.authentication_token))
 
 
-def send_prepared(client: Client, request: Prepared, timeout_s: float) -> asyncio.Future[Buffer]:
+def send_prepared(client: Client, request: Prepared, timeout_s: float) -> asyncio.Future[bytes | Buffer]:
     """Send a prepared request at once and return the future of its response body; ConnectionError when closed."""
+    future: asyncio.Future[bytes | Buffer] = asyncio.get_running_loop().create_future()
+    _send(client, request, timeout_s, future)
+    return future
+
+
+def post(client: Client, request: Prepared, timeout_s: float, call: OnAnswer) -> Answer:
+    """Send a prepared request at once; `call` gets (body, None), or (None, error) when the connection ends before.
+
+    It is called while the socket is read, without a turn of the loop in between, and must not wait.
+    ConnectionError when closed.
+    """
+    answer = Answer(call)
+    _send(client, request, timeout_s, answer)
+    return answer
+
+
+def _send(client: Client, request: Prepared, timeout_s: float, waiting: asyncio.Future[Any] | Answer) -> None:
     protocol = client.uaclient.protocol
     if protocol is None or protocol.state is not UASocketState.OPEN or protocol.transport is None:
         raise ConnectionError("the connection is closed")
@@ -146,10 +169,8 @@ def send_prepared(client: Client, request: Prepared, timeout_s: float) -> asynci
     else:
         frame = seal(connection, body, request_id) or connection.message_to_binary(bytes(body), request_id=request_id)
     protocol._request_id = request_id
-    future: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
-    protocol._callbackmap[request_id] = future
+    protocol._callbackmap[request_id] = waiting  # type: ignore[assignment]
     protocol.transport.write(frame)
-    return future
 
 
 def is_open(client: Client) -> bool:
@@ -160,6 +181,7 @@ def is_open(client: Client) -> bool:
 
 async def start_session(client: Client) -> None:
     """Activate a session on an open channel and keep the channel renewed, without asyncua's supervisor."""
+    take_over(client)
     await client.create_session()
     encrypted = client.security_policy.Mode == ua.MessageSecurityMode.SignAndEncrypt
     if client._username and not encrypted:
@@ -183,7 +205,7 @@ def abandon(client: Client) -> None:
             protocol.transport.abort()
 
 
-def decode(body: Buffer, answer: type) -> Any:
+def decode(body: bytes | Buffer, answer: type) -> Any:
     """Decode a response by asyncua, for answers that carry no values.
 
     Raises UaStatusCodeError for a ServiceFault or a Bad result, ConnectionProblem for bytes that are no OPC UA.
@@ -193,7 +215,7 @@ def decode(body: Buffer, answer: type) -> Any:
     what = "it is too long"
     if size <= MOST_BYTES:
         try:
-            response: Any = struct_from_binary(answer, body.copy())
+            response: Any = struct_from_binary(answer, Buffer(body) if isinstance(body, bytes) else body.copy())
         except Exception as error:  # asyncua raises whatever a wrong byte leads to
             what = repr(error)
         else:
@@ -259,7 +281,7 @@ def samples_of(values: list[tuple[int, ua.DataValue]], elements: Mapping[int, in
     """
     n = len(values)
     out = Columns(n).view(n, b"")
-    out.text_at = None
+    out.text_at, out.notes, out.highest = None, NOTE_UNKNOWN, -1
     for i, (handle, one) in enumerate(values):
         out.handle[i] = handle
         out.source_ns[i] = to_ns(one.SourceTimestamp)

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from ..errors import ConnectionProblem
 from ..kernels import wire as _kernel
+from .wire_columns import MOST_SAMPLES, NO_STAMP, Columns, Samples
 
-NO_STAMP = _kernel.NO_STAMP
 NO_ELEMENTS: NDArray[np.int32] = np.empty(0, np.int32)
 _NO_NUMBERS: NDArray[np.uint32] = np.empty(0, np.uint32)
-MOST_SAMPLES = 2_000_000  # in one answer: 88 MB of columns
 MOST_NODES = 10_000  # in one HistoryReadResponse
 MOST_BLOCKS = 1000  # notifications in one message; the standard knows three kinds
 _FAULT = int(ua.ObjectIds.ServiceFault_Encoding_DefaultBinary)
@@ -53,69 +52,6 @@ _MESSAGE = struct.Struct("<Iqi")
 _BLOCK = struct.Struct("<BBHBi")  # an ExtensionObject: type in four bytes, encoding, length
 _U1, _U2, _U4, _I4 = (struct.Struct(f"<{form}") for form in "BHIi")
 _NONE = b"\xff\xff\xff\xff"
-
-
-@dataclass(slots=True)
-class Samples:
-    """DataValues as columns.
-
-    handle : int64[m] ClientHandle (place in a ReadResponse, 0 in history), source_ns, server_ns : int64[m] (NO_STAMP:
-    null), value : float64[m] (NaN: none or no number; a DateTime is seconds since 1970, a text its CRC-32),
-    status : uint32[m], text_at : int64[m] position of a text in `raw` (-1: none)
-    """
-
-    handle: NDArray[np.int64]
-    source_ns: NDArray[np.int64]
-    server_ns: NDArray[np.int64]
-    value: NDArray[np.float64]
-    status: NDArray[np.uint32]
-    text_at: NDArray[np.int64] | None = field(default=None, kw_only=True)
-    raw: bytes = field(default=b"", kw_only=True)
-
-    def text(self, row: int) -> str | None:
-        """Return the text of a value that is a String; None for any other."""
-        at = -1 if self.text_at is None else int(self.text_at[row])
-        if at < 0:
-            return None
-        (size,) = _I4.unpack_from(self.raw, at)
-        return self.raw[at + 4 : at + 4 + size].decode("utf-8", "replace")
-
-
-class Columns:
-    """Room for the values of one answer, made once and used for every answer; grows to the largest seen.
-
-    stamps : int64[4, capacity] handle, source ns, server ns, position of a text
-    value : float64[capacity], status : uint32[capacity]
-    """
-
-    __slots__ = ("_shown", "stamps", "status", "value")
-
-    def __init__(self, capacity: int = 256) -> None:
-        self.stamps: NDArray[np.int64] = np.empty((4, capacity), np.int64)
-        self.value: NDArray[np.float64] = np.empty(capacity, np.float64)
-        self.status: NDArray[np.uint32] = np.empty(capacity, np.uint32)
-        self._shown: Samples | None = None
-
-    def reserve(self, rows: int, kept: int) -> None:
-        """Make room for `rows`, of which the first `kept` are filled."""
-        if rows <= len(self.value):
-            return
-        grown = Columns(max(rows, min(2 * len(self.value), MOST_SAMPLES)))
-        grown.stamps[:, :kept] = self.stamps[:, :kept]
-        grown.value[:kept], grown.status[:kept] = self.value[:kept], self.status[:kept]
-        self.stamps, self.value, self.status = grown.stamps, grown.value, grown.status
-        self._shown = None
-
-    def view(self, rows: int, raw: bytes) -> Samples:
-        """Return the first rows as Samples; they hold until these columns are filled again."""
-        last = self._shown
-        if last is None or len(last.value) != rows:  # most answers have as many values as the one before
-            stamps = self.stamps[:, :rows]
-            last = Samples(stamps[0], stamps[1], stamps[2], self.value[:rows], self.status[:rows], text_at=stamps[3])
-            self._shown = last
-        return Samples(
-            last.handle, last.source_ns, last.server_ns, last.value, last.status, text_at=last.text_at, raw=raw
-        )
 
 
 @dataclass(slots=True)
@@ -351,7 +287,7 @@ def _items(
         columns = Columns(count)
     columns.reserve(rows + count, rows)
     at = _kernel.data_values(
-        view, at, stop, count, True, rows, elements, columns.stamps, columns.value, columns.status
+        view, at, stop, count, True, rows, elements, columns.stamps, columns.value, columns.status, columns.notes
     )
     if at < 0:
         _broken(name, stop, raw, "its values are not readable")
@@ -399,7 +335,7 @@ def decode_read(
     columns.reserve(count, 0)
     view = np.frombuffer(raw, np.uint8)
     after = _kernel.data_values(
-        view, at + 4, len(raw), count, False, 0, elements, columns.stamps, columns.value, columns.status
+        view, at + 4, len(raw), count, False, 0, elements, columns.stamps, columns.value, columns.status, columns.notes
     )
     if after < 0:
         _broken(name, at, raw, "its values are not readable")
@@ -438,10 +374,11 @@ def decode_history(body: Any) -> list[HistoryPage]:
             left -= values
             columns = Columns(values)
             if values and _kernel.data_values(
-                view, body_at + 4, stop, values, False, 0, NO_ELEMENTS, columns.stamps, columns.value, columns.status
+                view, body_at + 4, stop, values, False, 0, NO_ELEMENTS, columns.stamps, columns.value, columns.status,
+                columns.notes,
             ) < 0:
                 _broken(name, body_at, raw, "its values are not readable")
-            columns.stamps[0] = 0
+            columns.stamps[0], columns.notes[1] = 0, min(values, 1) - 1
             pages.append(HistoryPage(status, raw[point_at + 4 : at] or None, columns.view(values, raw)))
             at = stop
     except struct.error:
@@ -456,8 +393,3 @@ def _history_block(name: str, raw: bytes, at: int) -> tuple[int, int, int]:
     if after < len(raw) and raw[after] == 0:
         return number, after + 1, after + 1
     return _block(name, raw, at)
-
-
-def empty() -> Samples:
-    """Return no samples."""
-    return Columns(0).view(0, b"")

@@ -15,7 +15,8 @@ from datetime import datetime
 from typing import Any
 
 from asyncua import ua
-from asyncua.ua.ua_binary import nodeid_to_binary
+from asyncua.common.utils import Buffer
+from asyncua.ua.ua_binary import nodeid_from_binary, nodeid_to_binary, struct_to_binary
 
 _WRITE = int(ua.ObjectIds.WriteRequest_Encoding_DefaultBinary)
 _READ = int(ua.ObjectIds.ReadRequest_Encoding_DefaultBinary)
@@ -102,6 +103,23 @@ class _Request:
         """Return the encoded request; ticks: now, 100 ns since 1601. The bytes hold until the next call."""
         _HEADER.pack_into(self._bytes, self._header_at, ticks, request_handle, 0, -1, timeout_ms, 0, 0, 0)
         return self._bytes
+
+
+class Encoded:
+    """A request that asyncua encodes at each sending: what cannot be prepared.
+
+    token : `wire.token_of` the connected client; request : asyncua's object
+    """
+
+    def __init__(self, token: bytes, request: Any) -> None:
+        self._token, self._request = nodeid_from_binary(Buffer(token)), request
+
+    def body(self, request_handle: int, ticks: int, timeout_ms: int) -> bytes:
+        """Return the encoded request; ticks: now, 100 ns since 1601."""
+        header = self._request.RequestHeader
+        header.AuthenticationToken, header.RequestHandle, header.TimeoutHint = self._token, request_handle, timeout_ms
+        header.Timestamp = ua.win_epoch_to_datetime(ticks)
+        return bytes(struct_to_binary(self._request))
 
 
 class PreparedWrite(_Request):

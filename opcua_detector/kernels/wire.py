@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, types
 
 NO_STAMP = -(2**63)  # a null timestamp
+NOTE_STATUS, NOTE_NO_STAMP, NOTE_TEXT = 1, 2, 4  # a StatusCode that is not plain Good, no source stamp, a text
 MAX_DEPTH = 100
 EPOCH_TICKS = 116_444_736_000_000_000  # 100 ns from 1601 to 1970
 # The years 1716 to 2255: where int64 nanoseconds hold them; no clock of a plant shows others.
@@ -307,11 +308,11 @@ def variant(raw, at, end, element, depth):
 @njit(
     types.int64(
         RAW, _PLACE, _PLACE, types.int64, types.boolean, types.int64, types.Array(types.int32, 1, "C", readonly=True),
-        types.int64[:, ::1], types.float64[::1], types.uint32[::1],
+        types.int64[:, ::1], types.float64[::1], types.uint32[::1], types.int64[::1],
     ),
     cache=True,
 )
-def data_values(raw, at, end, count, with_handle, row, element, stamps, value, status):
+def data_values(raw, at, end, count, with_handle, row, element, stamps, value, status, notes):
     """Read `count` DataValues (Part 6, 5.2.2.17) into columns; return the position after them, or -1.
 
     raw uint8[n]: a message; at, end: where they begin, where they must have ended
@@ -321,8 +322,11 @@ def data_values(raw, at, end, count, with_handle, row, element, stamps, value, s
     element int32[m]: by handle, see `variant`; handles from m on are scalars
     stamps int64[4, capacity]: handle, source ns, server ns (NO_STAMP: none), position of a text in `raw` (-1: none)
     value float64[capacity]: NaN where there is no number; status uint32[capacity]: 0 where none is sent
+    notes int64[2]: the NOTE bits of all rows are added to the first, the highest handle is kept in the second, so that
+    who takes the columns need not look through them for what is almost never there
     Picoseconds are left out, since plants do not have them, and so are bits that Part 6 does not define.
     """
+    found, highest = notes[0], notes[1]
     for i in range(count):
         handle = np.int64(i)
         if with_handle:
@@ -360,6 +364,13 @@ def data_values(raw, at, end, count, with_handle, row, element, stamps, value, s
             at += 8
         if mask & 0x20:
             at += 2
+        if code != 0:
+            found |= NOTE_STATUS
+        if source == NO_STAMP:
+            found |= NOTE_NO_STAMP
+        if text >= 0:
+            found |= NOTE_TEXT
+        highest = max(highest, handle)
         stamps[0, row] = handle
         stamps[1, row] = source
         stamps[2, row] = server
@@ -367,6 +378,7 @@ def data_values(raw, at, end, count, with_handle, row, element, stamps, value, s
         value[row] = number
         status[row] = code
         row += 1
+    notes[0], notes[1] = found, highest
     return at
 
 

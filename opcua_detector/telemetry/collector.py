@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 from .. import __version__
 from ..client import LinkState
 from ..nodes import STATE_TEXTS
+from . import words
 from .endpoint import Answer
 from .pulse import Pulse
 
@@ -40,78 +41,11 @@ SCRAPE_EVERY_S = 1.0  # asked more often, the same text is given again: no flood
 # Seconds; from a row of one small monitor to a row that is too late for a period of 100 ms.
 SCORING_BUCKETS = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
-# Key of a counter -> (name within its subject, help). What stands in no table gets its key as name.
-_Table = Mapping[str, tuple[str, str]]
-_SESSION: _Table = {
-    "connects": ("connects", "Sessions that were made."),
-    "reconnects": ("reconnects", "Sessions that were made again after a loss."),
-    "failed_attempts": ("failed_attempts", "Attempts to connect again that failed."),
-    "lost": ("connections_lost", "Connections that were lost."),
-}
-_PUBLISH: _Table = {
-    "publish_responses": ("publish_responses", "Answers to publish requests, of this connection."),
-    "handler_errors": ("notification_errors", "Notifications that could not be worked on, of this connection."),
-    "decode_errors": ("decode_errors", "Messages that could not be decoded, of this connection."),
-    "too_many_publish": ("too_many_publish_requests", "Answers BadTooManyPublishRequests, of this connection."),
-}
-_SUBSCRIPTION: _Table = {
-    "notifications": ("notifications", "Notifications with values."),
-    "samples": ("values", "Values that arrived."),
-    "keep_alives": ("keep_alives", "Keep-alives: the server lives and nothing has changed."),
-    "overload": ("overloaded_values", "Values with GoodOverload: the server lacks resources and samples slower."),
-    "null_timestamp": ("values_without_source_timestamp", "Values without a SourceTimestamp."),
-    "lost_notifications": ("lost_notifications", "Notifications that are missing in the sequence."),
-    "rebuilt": ("rebuilds", "Subscriptions that were made again because the server ended them."),
-}
-_GROUP: _Table = {
-    "delivered": ("samples_delivered", "Samples that came to the rule of time."),
-    "used": ("samples_used", "Samples that became cells of rows."),
-    "late": ("samples_late", "Samples older than one that their tag had used already."),
-    "duplicate": ("samples_duplicate", "Samples with stamp and value of the one before."),
-    "replaced": ("samples_replaced", "Samples of which a newer one stood in the same row."),
-    "skipped": ("samples_skipped", "Samples that fell into no row."),
-    "bad": ("samples_bad", "Samples with a Bad status."),
-    "uncertain": ("samples_uncertain", "Samples with an Uncertain status."),
-    "non_finite": ("samples_non_finite", "Samples that are NaN or infinite."),
-    "overflowed": ("samples_overflowed", "Samples with the overflow bit: the server's queue lost some before them."),
-    "null_timestamp": ("samples_without_source_timestamp", "Samples without a SourceTimestamp."),
-    "lost": ("samples_lost", "Samples known to be lost: overflowed queues and missing notifications."),
-    "held": ("cells_held", "Cells of rows with the last value of their tag."),
-    "masked": ("cells_masked", "Cells of rows that are not valid."),
-    "stale": ("cells_stale", "Cells of rows whose tag was silent for longer than max_hold."),
-    "rows": ("rows", "Rows."),
-    "gaps": ("gaps", "Rows that do not continue the row before."),
-    "clock_back": ("clock_set_back", "Times that the clock of the source was set back."),
-    "frame_errors": ("row_errors", "Rows that could not be worked on."),
-}
-_WRITE: _Table = {
-    "requests": ("requests", "Write requests sent."),
-    "values": ("values", "Values sent."),
-    "superseded": ("superseded", "Results that a newer one replaced before they were sent."),
-    "failed_items": ("failed_values", "Values that the server refused."),
-    "cast_errors": ("cast_errors", "Values that do not fit the type of their node."),
-    "timeouts": ("timeouts", "Write requests that were not answered."),
-}
-_STORE: _Table = {
-    "rows": ("rows_written", "Rows committed."),
-    "verdicts": ("verdicts_written", "Verdicts committed."),
-    "entries": ("entries_written", "Events, feedback, audit, models and runs committed."),
-    "commits": ("commits", "Transactions."),
-    "dropped_rows": ("rows_dropped", "Rows dropped because the ring was full."),
-    "dropped_verdicts": ("verdicts_dropped", "Verdicts dropped because the ring was full."),
-    "out_of_order_rows": ("rows_out_of_order", "Rows not later than the one before."),
-    "rejected": ("rejected", "Entries that were refused for their content."),
-    "write_errors": ("write_errors", "Attempts to commit that failed; each is made again."),
-    "thinned_rows": ("rows_thinned", "Rows that retention thinned out."),
-    "deleted_rows": ("rows_deleted", "Rows that retention deleted."),
-    "decimated_trend": ("trend_coarsened", "Buckets of the trend that retention joined."),
-}
-
 
 class _Counts:
     """Counters of one subject, one family each, over all label values."""
 
-    def __init__(self, subject: str, table: _Table, labels: tuple[str, ...]) -> None:
+    def __init__(self, subject: str, table: words.Table, labels: tuple[str, ...]) -> None:
         self._subject, self._table, self._labels = subject, table, labels
         self._families: dict[str, CounterMetricFamily] = {}
 
@@ -119,8 +53,8 @@ class _Counts:
         for key, n in dict(counts).items():
             family = self._families.get(key)
             if family is None:
-                name, words = self._table.get(key, (key, f"Counter {key} of this {self._subject}."))
-                family = CounterMetricFamily(f"{PREFIX}_{self._subject}_{name}", words, labels=self._labels)
+                name, text = self._table.get(key, (key, f"Counter {key} of this {self._subject}."))
+                family = CounterMetricFamily(f"{PREFIX}_{self._subject}_{name}", text, labels=self._labels)
                 self._families[key] = family
             family.add_metric(labels, n)
 
@@ -131,9 +65,9 @@ class _Counts:
 class _Gauges:
     """Gauges, one family per name, over all label values."""
 
-    def __init__(self, subject: str, labels: tuple[str, ...], words: Mapping[str, str]) -> None:
+    def __init__(self, subject: str, labels: tuple[str, ...], meanings: Mapping[str, str]) -> None:
         self._families = {name: GaugeMetricFamily(f"{PREFIX}_{subject}_{name}", text, labels=labels)
-                          for name, text in words.items()}
+                          for name, text in meanings.items()}
 
     def add(self, labels: tuple[str, ...], **values: float | None) -> None:
         for name, value in values.items():
@@ -181,7 +115,7 @@ class ServiceCollector(Collector):
         gauges.add((), age_seconds=self._pulse.age_s, delay_seconds=self._pulse.delay_s,
                    longest_delay_seconds=self._pulse.longest_delay_s)
         yield from gauges.families()
-        faults = _Counts("service", {}, ())
+        faults = _Counts("service", words.SERVICE, ())
         faults.add((), self._service.counters)
         yield from faults.families()
 
@@ -193,21 +127,25 @@ class ServiceCollector(Collector):
             "clock_offset_seconds": "Clock of the server less our own; within half of the round trip.",
             "round_trip_seconds": "Shortest round trip of the last measurement of the clock.",
             "publish_requests_outstanding": "Publish requests that the server holds.",
+            "service_level": "ServiceLevel of the endpoint in use as last read: 200 to 255 healthy, 2 to 199 degraded, "
+                             "1 no data, 0 maintenance.",
         })
-        counts, publish = _Counts("server", _SESSION, ("server",)), _Counts("server", _PUBLISH, ("server",))
-        writes = _Counts("write", _WRITE, ("server",))
+        counts, publish = _Counts("server", words.SESSION, ("server",)), _Counts("server", words.PUBLISH, ("server",))
+        writes = _Counts("write", words.WRITE, ("server",))
         for name, session in list(service.sessions.items()):
             clock = service.clocks.get(name)
             measured = clock.measured if clock is not None else None
+            how = session.standing.get(session.endpoint)
             gauges.add((name,), connected=session.state is LinkState.CONNECTED, insecure=session.config.insecure,
+                       service_level=how.level if how is not None and how.state >= 0 else None,
                        clock_offset_seconds=measured.offset_s if measured else None,
                        round_trip_seconds=measured.round_trip_s if measured else None)
-            counts.add((name,), session.counters)
+            counts.add((name,), session.counters | session.security.counters)
             pump = session.pump
             if pump is not None:
                 publish.add((name,), pump.counters)
                 gauges.add((name,), publish_requests_outstanding=pump.outstanding)
-        leases = _Counts("lease", {}, ("server",))
+        leases = _Counts("lease", words.LEASE, ("server",))
         for name, back in list(service.backs.items()):
             writes.add((name,), back.counters)
         for name, keeper in list(service.keepers.items()):
@@ -217,12 +155,13 @@ class ServiceCollector(Collector):
 
     def _groups(self) -> Iterator[Metric]:
         both = ("group", "server")
-        counts, streams = _Counts("group", _GROUP, ("group",)), _Counts("subscription", _SUBSCRIPTION, both)
+        counts, streams = _Counts("group", words.GROUP, ("group",)), _Counts("subscription", words.SUBSCRIPTION, both)
         for name, filler in list(self._service.fillers.items()):
             counts.add((name,), filler.counters)
         gauges = _Gauges("subscription", both, {
             "tags": "Tags of the group on this server.",
             "tags_failing": "Tags of the group on this server that deliver nothing.",
+            "tags_polled": "Tags of the group on this server that are read once per period instead of monitored.",
             "publishing_interval_seconds": "The publishing interval that the server revised.",
         })
         for name, feed in list(self._service.feeds.items()):
@@ -232,6 +171,7 @@ class ServiceCollector(Collector):
                 streams.add((name, server), one.counts)
                 ms = one.revised.publishing_ms
                 gauges.add((name, server), tags=len(one.items), tags_failing=sum(bool(i.reason) for i in one.items),
+                           tags_polled=sum(bool(i.polled) for i in one.items),
                            publishing_interval_seconds=None if ms != ms else ms / 1e3)
         for part in (counts, streams, gauges):
             yield from part.families()
@@ -247,6 +187,7 @@ class ServiceCollector(Collector):
             "write_latency_seconds": "SourceTimestamp to the server's acknowledgement of the last write.",
             "last_row_timestamp_seconds": "SourceTimestamp of the newest row that was judged.",
             "standby": "1 while another instance writes the outputs.",
+            "model_refused": "1 while a newer model file is not taken because it is damaged or does not fit.",
             "masked_tags": "Tags of the monitor without a valid value in the newest row.",
         })
         state = GaugeMetricFamily(f"{PREFIX}_monitor_state", "1 for the state that the monitor is in.",
@@ -265,9 +206,9 @@ class ServiceCollector(Collector):
                        alert=verdict.alert, alert_severity=verdict.severity,
                        write_latency_seconds=None if run.latency_ms != run.latency_ms else run.latency_ms / 1e3,
                        last_row_timestamp_seconds=verdict.source_ns / 1e9 if verdict.source_ns else None,
-                       masked_tags=masked, standby=run.standby)
-            for number, words in enumerate(STATE_TEXTS):
-                state.add_metric((name, words), float(number == run.state))
+                       masked_tags=masked, standby=run.standby, model_refused=bool(run.refused))
+            for number, text in enumerate(STATE_TEXTS):
+                state.add_metric((name, text), float(number == run.state))
             model.add_metric((name,), {"model_id": verdict.model_id})
             counts.add((name,), {"alerts": verdict.event_no, "scored": run.scored,
                                  "superseded": run.back.superseded.get(name, 0) if run.back else 0})
@@ -311,7 +252,7 @@ class ServiceCollector(Collector):
         gauges.add((), queue_length=store.queued, writable=not store.last_error, size_bytes=_size(store.path),
                    log_size_bytes=_size(store.path.with_name(store.path.name + "-wal")),
                    quota_bytes=store.retention.quota_bytes)
-        counts = _Counts("store", _STORE, ())
+        counts = _Counts("store", words.STORE, ())
         counts.add((), asdict(store.counters))
         yield from (*gauges.families(), *counts.families())
 

@@ -17,7 +17,7 @@ from opcua_detector.cli import doctor
 from opcua_detector.client import Diagnosis, Examined, Mark, diagnosis_of, finding_of
 from opcua_detector.client.doctor import _fits, interval
 from opcua_detector.client.measure import _rate, _rows
-from opcua_detector.client.nodes import Finding
+from opcua_detector.client.node_checks import Finding
 from opcua_detector.config import GroupConfig, TagConfig
 from sim_server.testing import RunningPlant
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from running import Ran, cli, content, snapshot, write
+from running import NOWHERE, Ran, cli, snapshot, two_methods, write
 
 from opcua_detector.api import Record
 from opcua_detector.app import group_tags
@@ -35,10 +35,7 @@ def iso(row: int) -> str:
 @pytest.fixture(scope="session")
 def _once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("feedback")
-    given = content("opc.tcp://127.0.0.1:1/")
-    given["monitors"][0] |= {"methods": ["regression", "transition"]}
-    del given["monitors"][0]["windows"]
-    file = write(folder, given)
+    file = write(folder, two_methods(NOWHERE))
     config = load(file)
     tags = group_tags(config.groups[0])
     plant = make("lorenz", seed=1)

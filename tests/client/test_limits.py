@@ -13,7 +13,7 @@ from asyncua.common.utils import ServiceError
 from asyncua.server.internal_session import InternalSession
 
 from opcua_detector.api import Tag
-from opcua_detector.client import GroupFeed, LinkState, Session, session, subscription
+from opcua_detector.client import GroupFeed, LinkState, Session, login, session, subscription
 from opcua_detector.client.history import read_samples
 from opcua_detector.client.limits import PROFILES, UNKNOWN, Limits, profile_of
 from opcua_detector.client.nodes import NodeRef, read_facts, resolve
@@ -305,7 +305,7 @@ async def test_a_connection_that_is_given_up_leaves_no_session_at_the_server(
                 await asyncio.sleep(0.01)
     assert odd.server.iserver is not None
     held = odd.server.iserver._external_sessions
-    async with asyncio.timeout(session.SESSION_TIMEOUT_MS / 3e3):  # by then it would have ended by itself
+    async with asyncio.timeout(login.SESSION_TIMEOUT_MS / 3e3):  # by then it would have ended by itself
         while len(held) > 1:
             await asyncio.sleep(0.01)
     assert len(odd.server.iserver.subscription_service.subscriptions) == 1

@@ -144,6 +144,17 @@ async def write_raw(odd: OddServer, name: str, value: object, kind: ua.VariantTy
     await odd.server.write_attribute_value(node, stamped)
 
 
+async def two_tags(odd: OddServer, link: Session) -> tuple[Rows, GroupFeed]:
+    """The rows of a Double "a" and a Float "b", from the first whole one on, and their feed."""
+    rows = Rows()
+    tags = (TagConfig(name="a", node=odd.text("Double"), kind="setpoint"),
+            TagConfig(name="b", node=odd.text("Float"), kind="setpoint"))
+    feed = GroupFeed(group_config(period="50 ms", tags=tags), {"plant": link}, rows.take)
+    await feed.start()
+    await rows.until(lambda r: bool(r.rows) and bool(r.rows[-1][3].all()))
+    return rows, feed
+
+
 async def test_a_number_that_becomes_text_is_masked_counted_and_back_with_the_next_number(
     odd: OddServer, link: Session
 ) -> None:
@@ -171,12 +182,7 @@ async def test_a_number_that_becomes_text_is_masked_counted_and_back_with_the_ne
 
 
 async def test_what_is_no_number_at_all_is_masked(odd: OddServer, link: Session) -> None:
-    rows = Rows()
-    tags = (TagConfig(name="a", node=odd.text("Double"), kind="setpoint"),
-            TagConfig(name="b", node=odd.text("Float"), kind="setpoint"))
-    feed = GroupFeed(group_config(period="50 ms", tags=tags), {"plant": link}, rows.take)
-    await feed.start()
-    await rows.until(lambda r: bool(r.rows) and bool(r.rows[-1][3].all()))
+    rows, feed = await two_tags(odd, link)
     for value, kind in ((b"12", ua.VariantType.ByteString), ([1.0, 2.0], ua.VariantType.Double),
                         (float("inf"), ua.VariantType.Double)):
         await write_raw(odd, "Double", value, kind)
@@ -194,12 +200,7 @@ async def test_what_is_no_number_at_all_is_masked(odd: OddServer, link: Session)
 async def test_a_node_that_is_gone_is_told_and_monitored_anew_when_it_is_back(
     odd: OddServer, link: Session
 ) -> None:
-    rows = Rows()
-    tags = (TagConfig(name="a", node=odd.text("Double"), kind="setpoint"),
-            TagConfig(name="b", node=odd.text("Float"), kind="setpoint"))
-    feed = GroupFeed(group_config(period="50 ms", tags=tags), {"plant": link}, rows.take)
-    await feed.start()
-    await rows.until(lambda r: bool(r.rows) and bool(r.rows[-1][3].all()))
+    rows, feed = await two_tags(odd, link)
     node = odd.nodes["Double"]
     gone = ua.DataValue(None, ua.StatusCode(ua.StatusCodes.BadNodeIdUnknown))
     await odd.server.write_attribute_value(node.nodeid, gone)
@@ -220,12 +221,7 @@ async def test_a_node_that_is_gone_is_told_and_monitored_anew_when_it_is_back(
 
 
 async def test_samples_of_items_that_are_none_of_ours_are_left_out_and_counted(odd: OddServer, link: Session) -> None:
-    rows = Rows()
-    tags = (TagConfig(name="a", node=odd.text("Double"), kind="setpoint"),
-            TagConfig(name="b", node=odd.text("Float"), kind="setpoint"))
-    feed = GroupFeed(group_config(period="50 ms", tags=tags), {"plant": link}, rows.take)
-    await feed.start()
-    await rows.until(lambda r: bool(r.rows) and bool(r.rows[-1][3].all()))
+    rows, feed = await two_tags(odd, link)
     (one,) = feed.subscriptions.values()
     stamp = datetime.now(UTC)
     wild = [(handle, ua.DataValue(ua.Variant(9.0, ua.VariantType.Double), SourceTimestamp=stamp))

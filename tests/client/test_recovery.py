@@ -46,7 +46,8 @@ async def test_twenty_reconnects_to_a_plant_that_goes_on_raise_no_alert_with_the
             for k in range(CUTS):
                 gaps = feed.counters()["gaps"]
                 if OUTAGES_S[k % len(OUTAGES_S)]:
-                    monkeypatch.setattr(session, "FIRST_DELAY_S", 2 * OUTAGES_S[k % len(OUTAGES_S)])
+                    for name in ("FIRST_DELAY_S", "LAST_DELAY_S"):  # cuts in quick succession would prolong it
+                        monkeypatch.setattr(session, name, 2 * OUTAGES_S[k % len(OUTAGES_S)])
                 link.fail("cut by the test")
                 await until(lambda k=k: link.counters["reconnects"] == k + 1, "the connection to be back")
                 target = run.scored + 20

@@ -105,7 +105,7 @@ async def test_another_server_certificate_than_the_pinned_one_is_refused(
 
 async def test_the_pinned_server_certificate_connects(plant: RunningPlant, pki: Path, tmp_path: Path) -> None:
     look = secure(plant, pki)
-    shown = next(one.ServerCertificate for one in await look._endpoints() if one.ServerCertificate)
+    shown = next(one.ServerCertificate for one in (await look.discover()).endpoints if one.ServerCertificate)
     pinned = tmp_path / "server.der"
     pinned.write_bytes(shown)
     one = secure(plant, pki, insecure=False, server_certificate=pinned)

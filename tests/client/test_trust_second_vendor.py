@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from plant.node_server import NodeServer
+from running import until
 
-from opcua_detector.client import Session, secure
+from opcua_detector.client import LinkState, Session, secure, session
 from opcua_detector.client.pki import load_chain
 from opcua_detector.client.trust import Folder, TrustList
 from opcua_detector.config import ServerConfig
 from opcua_detector.errors import AccessRefused
 
-from .certificates import MODES, PASSWORD, POLICIES, USER, make
+from .certificates import MODES, NOW, PASSWORD, POLICIES, USER, Made, make
 
 pytestmark = pytest.mark.plant
 
@@ -27,7 +32,25 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeServer]:
     server = NodeServer({"port": 0, "process": "lorenz", "columns": [], "pki": str(folder / "pki"),
                          "scratch": str(folder / "scratch"), "users": {USER: PASSWORD}})
     yield server
-    server.kill()
+    server.close()
+
+
+URI = "urn:opcua-detector:second-vendor"
+
+
+@contextmanager
+def showing(shown: Made, folder: Path) -> Iterator[NodeServer]:
+    """Run node-opcua with a certificate of ours, whatever is wrong with it."""
+    certificate, key = folder / "shown.pem", folder / "shown.key.pem"
+    certificate.write_bytes(shown.certificate.public_bytes(Encoding.PEM))
+    key.write_bytes(shown.pem_key())
+    server = NodeServer({"port": 0, "process": "lorenz", "columns": [], "pki": str(folder / "server-pki"),
+                         "scratch": str(folder / "scratch"), "users": {USER: PASSWORD},
+                         "certificate": str(certificate), "private_key": str(key)})
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +108,51 @@ async def test_another_certificate_of_the_same_name_is_refused(node: NodeServer,
     pinned.write_bytes(make(name="NodeOPCUA").der)
     with pytest.raises(AccessRefused, match="shows another certificate"):
         await to(node, tmp_path, server_certificate=pinned).open()
+
+
+@pytest.mark.parametrize(("changes", "text", "step"), [
+    ({"days": (-20, -1)}, "expired on", "renew the certificate"),
+    ({"days": (1, 20)}, "not valid before", "set the clocks"),
+    ({"uris": ("urn:another",)}, "its certificate names 'urn:another'", "ApplicationUri"),
+    ({"hosts": ("plc-7",)}, "not for host 127.0.0.1, but for plc-7", "servers.node.expected_host"),
+], ids=["expired", "not yet valid", "wrong URI", "wrong host"])
+async def test_a_trusted_server_is_refused_for_what_its_certificate_says(
+    place: Path, tmp_path: Path, changes: dict[str, Any], text: str, step: str,
+) -> None:
+    shown = make(**{"uris": (URI,)} | changes)
+    TrustList(place).put(shown.certificate, Folder.TRUSTED)
+    with showing(shown, tmp_path) as node:
+        one = to(node, place)
+        with pytest.raises(AccessRefused) as caught:
+            await one.open()
+        await one.close()
+        assert text in caught.value.what and step in caught.value.next_step
+        # it is the certificate alone that was wrong
+        other = to(node, place, insecure=True)
+        await other.open()
+        assert any(text in told for told in other.security.facts()["warnings"])
+        await other.close()
+
+
+async def test_a_certificate_that_expires_while_connected_warns_and_the_next_connection_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(session, "PROBE_S", 0.05)
+    left = datetime.now(UTC) - NOW + timedelta(seconds=15)  # enough to start the server and to connect
+    shown = make(uris=(URI,), days=(-1, left / timedelta(days=1)))
+    TrustList(place).put(shown.certificate, Folder.TRUSTED)
+    with showing(shown, tmp_path) as node:
+        one = to(node, place)
+        with caplog.at_level(logging.WARNING, "opcua_detector"):
+            await one.open()
+            await until(lambda: one.security.counters["certificates_expired"] == 1, "the warning")
+        assert caplog.text.count("the connection stays, the next one is refused") == 1
+        assert one.state is LinkState.CONNECTED and one.counters["lost"] == 0
+        # Part 4, 6.1.7 has certificates verified at each renewal of the keys. Age alone does not end a connection here
+        # (expiry may be suppressed: Part 12, 7.8.2.10); trust and revocation do, and are looked at more often.
+        await one.call(one.client.open_secure_channel(renew=True), "renew")
+        assert (await one.call(one.client.get_namespace_array(), "read"))[0]
+        one.fail("a test wants it anew")
+        await until(lambda: one.counters["failed_attempts"] >= 1, "the refusal")
+        assert "expired on" in one.reason and one.state is not LinkState.CONNECTED
+        await one.close()

@@ -272,7 +272,7 @@ async def test_closing_while_a_server_that_accepts_and_says_nothing_is_connected
     await one.open()
     silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(0), "127.0.0.1", 0)
     elsewhere = Session(server_config(f"opc.tcp://127.0.0.1:{silent.sockets[0].getsockname()[1]}/", timeout="2 s"))
-    one.endpoint, one._securities = elsewhere.endpoint, elsewhere._securities
+    one.endpoint, one._login = elsewhere.endpoint, elsewhere._login
     one.fail("cut by the test")
     async with asyncio.timeout(WAIT_S):
         while one.state is not LinkState.CONNECTING:

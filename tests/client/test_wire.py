@@ -172,6 +172,14 @@ def same(ours: wire.Samples, theirs: wire.Samples) -> None:
     nan = np.isnan(theirs.value)
     assert np.array_equal(np.isnan(ours.value), nan)
     assert np.array_equal(ours.value.view(np.int64)[~nan], theirs.value.view(np.int64)[~nan])
+    if ours.highest >= 0:  # what the walk says of the columns is what is in them
+        assert ours.highest == ours.handle.max()
+        assert bool(ours.notes & wire.NOTE_STATUS) == bool((ours.status != 0).any())
+        assert bool(ours.notes & wire.NOTE_NO_STAMP) == bool((ours.source_ns == wire.NO_STAMP).any())
+        assert ours.text_at is not None
+        assert bool(ours.notes & wire.NOTE_TEXT) == bool((ours.text_at >= 0).any())
+    else:
+        assert ours.notes == wire.NOTE_UNKNOWN or len(ours.value) == 0
 
 
 def theirs_of_publish(raw: bytes, elements: dict[int, int]) -> wire.Samples:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from asyncua import Client, ua
-from asyncua.ua.ua_binary import struct_to_binary
+from asyncua.server.internal_session import InternalSession
 
-from opcua_detector.client import Session, WriteBack, writeback
+from opcua_detector.client import Session, WriteBack, write_outputs, writeback
 from opcua_detector.client import session as session_module
 from opcua_detector.client.casts import CastError, cast
+from opcua_detector.client.write_outputs import GATHER_S
 from opcua_detector.nodes import NO_SCORE, SIGNALS, State
 from sim_server.testing import RunningPlant, running_plant
 
@@ -169,7 +170,17 @@ async def test_the_heartbeat_counts_on_without_rows(session: Session, other: Cli
     await back.stop()
 
 
-async def test_values_are_cast_to_the_nodes_type_and_a_failing_one_is_told(odd: OddServer) -> None:
+async def test_values_are_cast_to_the_nodes_type_and_a_failing_one_is_told(
+    odd: OddServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived: list[Any] = []
+    original = InternalSession.write
+
+    async def listens(self: Any, params: Any) -> Any:
+        arrived.extend((item.Value.SourceTimestamp, item.Value.ServerTimestamp) for item in params.NodesToWrite)
+        return await original(self, params)
+
+    monkeypatch.setattr(InternalSession, "write", listens)
     one = Session(server_config(odd.endpoint))
     await one.open()
     acks = Acks()
@@ -208,9 +219,7 @@ async def test_values_are_cast_to_the_nodes_type_and_a_failing_one_is_told(odd: 
         },
     )
     await acks.of(1)
-    written = [output for output in back.outputs.values() if output.item is not None]
-    # encoding mask of a DataValue with the Value alone (Part 6, 5.2.2.17): no status, no timestamps
-    assert {struct_to_binary(output.item.Value)[0] for output in written} == {0x01}
+    assert arrived == [(None, None)] * 5  # that there is no status either: test_write_requests
     read_odd = {name: (await odd.nodes[name].read_data_value()) for name in odd.nodes}
     assert read_odd["Float"].Value == ua.Variant(float(np.float32(0.1)), ua.VariantType.Float)
     assert read_odd["Int16"].Value == ua.Variant(3, ua.VariantType.Int16)
@@ -255,9 +264,95 @@ async def test_an_item_refused_at_run_time_is_reported_and_taken_up_again(
 
     await asyncio.wait_for(again(), WAIT_S)
     assert back.states()["m", "Score"] == "" and back.counters["failed_items"] >= 1
-    told = [r.message for r in caplog.records if "m.Score" in r.message]
-    assert len(told) == 2  # one line when it failed, one when it is tried again
     await back.stop()
+    told = [r.message for r in caplog.records if "m.Score" in r.message]
+    assert len(told) == 2 and "not written" in told[0] and "written again" in told[1]
+    await one.close()
+
+
+async def test_rights_that_are_withdrawn_from_many_outputs_are_one_line_and_one_when_they_come_back(
+    odd: OddServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(writeback, "HEARTBEAT_S", 0.05)
+    one = Session(server_config(odd.endpoint))
+    await one.open()
+    acks = Acks()
+    signals = {"Score": "Double", "RTrans": "Float", "State": "Int16", "EventNo": "UInt32", "IsAnomaly": "Boolean"}
+    back = WriteBack(one, {("m", signal): odd.text(name) for signal, name in signals.items()}
+                     | {("m", "StateText"): odd.text("String")}, on_ack=acks)
+    await one.attach(back)
+    fast, slow = {"Score": 1.0, "RTrans": 0.5, "State": 3, "EventNo": 1, "IsAnomaly": True}, {"StateText": "alert"}
+    back.offer("m", 1, fast, slow)
+    await acks.of(1)
+    for name in (*signals.values(), "String"):
+        await odd.nodes[name].set_read_only()
+    k = 1
+
+    async def until(wanted: str, count: int) -> list[str]:
+        nonlocal k
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                k += 1
+                back.offer("m", k, fast, slow)
+                await asyncio.sleep(0.02)
+                told = [r.message for r in caplog.records if wanted in r.message]
+                if len(told) >= count and (wanted != "written again" or not any(back.states().values())):
+                    return told
+
+    failing = await until("not written:", 1)
+    assert failing[0].count("m.") == 3 and "6 outputs are" in failing[0] and "and 3 more" in failing[0]
+    # Tried again and refused again, by what the server says of its nodes: no news.
+    async with asyncio.timeout(WAIT_S):
+        while not all("may not write" in reason for reason in back.states().values()):
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(2 * GATHER_S)
+    assert len([r for r in caplog.records if "not written:" in r.message]) == 1
+    for name in (*signals.values(), "String"):
+        await odd.nodes[name].set_writable()
+    again = await until("written again", 1)
+    await back.stop()
+    again = [r.message for r in caplog.records if "written again" in r.message]
+    assert len(again) <= 2 and "outputs are written again" in again[0]  # they come back as their retries fall due
+    assert len([r for r in caplog.records if "not written:" in r.message]) == 1
+    await one.close()
+
+
+async def test_a_right_that_the_server_shows_and_does_not_give_is_told_once(
+    odd: OddServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(writeback, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(write_outputs, "RETRY_LAST_S", 0.05)
+    original = InternalSession.write
+    asked, mine = 0, [odd.nodes["Double"].nodeid, odd.nodes["Float"].nodeid]
+
+    async def refuses(self: Any, params: Any) -> Any:
+        nonlocal asked
+        if params.NodesToWrite[0].NodeId not in mine:  # the server's own clock
+            return await original(self, params)
+        asked += 1
+        return [ua.StatusCode(ua.StatusCodes.BadUserAccessDenied)] * len(params.NodesToWrite)
+
+    one = Session(server_config(odd.endpoint))
+    await one.open()
+    back = WriteBack(one, {("m", "Score"): odd.text("Double"), ("m", "RTrans"): odd.text("Float")})
+    await one.attach(back)
+    monkeypatch.setattr(InternalSession, "write", refuses)
+    k = 0
+    async with asyncio.timeout(WAIT_S):
+        while asked < 5:
+            k += 1
+            back.offer("m", k, {"Score": 1.0, "RTrans": 1.0})
+            await asyncio.sleep(0.02)
+    monkeypatch.setattr(InternalSession, "write", original)
+    async with asyncio.timeout(WAIT_S):
+        while any(back.states().values()) or await odd.nodes["Double"].read_value() != 2.0:
+            k += 1
+            back.offer("m", k, {"Score": 2.0, "RTrans": 2.0})
+            await asyncio.sleep(0.02)
+    await back.stop()
+    told = [r.message for r in caplog.records if "m.Score" in r.message]
+    assert len(told) == 2 and "2 outputs are not written" in told[0] and "2 outputs are written again" in told[1]
+    assert back.counters["failed_items"] >= 8
     await one.close()
 
 

@@ -264,6 +264,48 @@ async def test_what_is_read_back_differently_is_counted_and_shown_until_it_agree
     await session.close()
 
 
+async def test_a_reading_back_that_fails_is_counted_told_once_and_stops_no_write(
+    odd: OddServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    original = InternalSession.read
+    refusing = False
+
+    async def refuses(self: Any, params: Any) -> Any:
+        if refusing and params.TimestampsToReturn == ua.TimestampsToReturn.Neither:
+            raise ua.UaStatusCodeError(ua.StatusCodes.BadUserAccessDenied)
+        return await original(self, params)
+
+    monkeypatch.setattr(InternalSession, "read", refuses)
+    session, back = await writing(odd, {"Score": "Double"}, rules=WriteRules(read_back_s=0.02))
+    k = 0
+
+    def offered(condition: Callable[[], bool]) -> Callable[[], bool]:
+        def once() -> bool:
+            nonlocal k
+            k += 1
+            back.offer("m", k, {"Score": float(k)})
+            return condition()
+
+        return once
+
+    await eventually(offered(lambda: back.counters["read_back"] >= 2), "what is read back")
+    assert back.counters["read_back_failed"] == 0
+    refusing = True
+    await eventually(offered(lambda: back.counters["read_back_failed"] >= 3), "failed readings")
+    compared = back.counters["read_back"]
+    await eventually(offered(lambda: back.counters["read_back_failed"] >= 5), "more of them")
+    assert back.counters["read_back"] == compared and session.state == "connected"
+    refusing = False
+    await eventually(offered(lambda: back.counters["read_back"] >= compared + 2), "what is read back again")
+    last = k
+    await eventually(lambda: _reads(odd, Double=float(last)), "the newest value")
+    told = [one.getMessage() for one in caplog.records if "read back" in one.getMessage()]
+    assert len(told) == 2 and "cannot be read back" in told[0] and "again" in told[1]
+    assert back.counters["mismatches"] == 0 and back.counters["failed_items"] == 0
+    await back.stop()
+    await session.close()
+
+
 async def test_a_node_that_is_there_on_some_servers_only_is_no_trouble(
     odd: OddServer, caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -282,7 +324,7 @@ async def test_texts_that_did_not_change_are_written_again_once_their_node_can_b
     odd: OddServer, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("opcua_detector.client.writeback.HEARTBEAT_S", 0.05)
-    monkeypatch.setattr("opcua_detector.client.writeback._RETRY_FIRST_S", 0.1)
+    monkeypatch.setattr("opcua_detector.client.write_outputs.RETRY_FIRST_S", 0.1)
     session, back = await writing(odd, {"StateText": "String", "Score": "Double"})
     await odd.nodes["String"].set_read_only()
     back.offer("m", 1, {"Score": 1.0}, {"StateText": "normal"})

@@ -8,30 +8,19 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from running import write
+from running import NOWHERE
+from serving import fit_models
 
-from opcua_detector.api import Record
-from opcua_detector.app import fit_config, group_tags
 from opcua_detector.client import session, subscription
-from opcua_detector.config import GroupConfig, load
-from sim_server.processes import make
 
 from .rig import configuration
-from .vendors import SEED, SecondVendor, Simulator, second_vendor, simulator
-
-
-def healthy(group: GroupConfig) -> Record:
-    """Rows of the simulated plant of SEED: those that both servers send live, so that none of them is news."""
-    return Record.from_rows(make("lorenz", seed=SEED).simulate(60_000), group_tags(group), group.period)
+from .vendors import SecondVendor, Simulator, second_vendor, simulator
 
 
 @pytest.fixture(scope="session")
 def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plant-models")
-    file = write(folder, configuration("opc.tcp://127.0.0.1:1/"))
-    for fitted in fit_config(load(file), file, healthy):
-        fitted.model.save(fitted.path)
-    return folder / "models"
+    """Fitted on the rows that the servers of both vendors send live, so that none of them is news."""
+    return fit_models(tmp_path_factory.mktemp("plant-models"), configuration(NOWHERE))
 
 
 @pytest.fixture

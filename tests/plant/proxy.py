@@ -209,7 +209,7 @@ class ChaosProxy:
     ----------
     ways : TO_SERVER, TO_CLIENT -> Direction
     accepted : connections taken so far
-    refused : connections turned away so far
+    refused : connections turned away so far, by the proxy or since the server is not there
 
     Use as ``async with ChaosProxy(port) as proxy``; connect to ``proxy.endpoint``.
     """
@@ -257,8 +257,8 @@ class ChaosProxy:
                 self.refused += 1
                 writer.transport.abort()
                 return
-            self.accepted += 1
             if self._mute:  # accepted and then nothing: the kernel of a frozen host still says SYN-ACK
+                self.accepted += 1
                 await self._swallow(reader)
                 writer.close()
                 return
@@ -268,6 +268,7 @@ class ChaosProxy:
                 self.refused += 1
                 writer.transport.abort()
                 return
+            self.accepted += 1
             connection = _Connection(self, (reader, writer), server)
             self._connections.add(connection)
             try:

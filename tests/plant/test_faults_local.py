@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tracemalloc
@@ -26,10 +25,10 @@ from opcua_detector.errors import ModelError
 from opcua_detector.model import load as load_model
 from opcua_detector.nodes import State
 from opcua_detector.service import Service
-from opcua_detector.store import Store
 
+from .faults import STORE, disk_full, hold, store_of
 from .proxy import ChaosProxy
-from .rig import Rig, configuration, living, rigged, until
+from .rig import configuration, living, rigged, until
 from .vendors import Simulator
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -51,64 +50,18 @@ def disk(tmp_path: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def store_of(rig: Rig) -> Store:
-    """The store of the running service."""
-    assert rig.service.store is not None
-    return rig.service.store
-
-
-async def nothing_lost(rig: Rig) -> None:
-    """Wait until everything is committed, and assert that the recording has every row of the feed, without a hole."""
-    store = store_of(rig)
-    await until(lambda: store.last_error == "", "the store to be written again")
-    assert store.counters.dropped_rows == store.counters.dropped_verdicts == 0
-    assert store.counters.write_errors > 0
-    assert await asyncio.to_thread(store.flush)
-    (recording,) = store.recordings()
-    record = store.read_recording(recording.name)
-    assert np.flatnonzero(record.gap).tolist() == [0]
-    assert set(np.diff(record.source_ns).tolist()) == {record.period_ns}
-
-
 async def test_a_full_disk_stops_no_score_and_loses_no_row_once_there_is_room(
     plant: Simulator, folder: Path, disk: Path | None
 ) -> None:
-    where = disk or folder
-    async with rigged(plant, folder, store={"path": str(where / "store.db")}) as rig:
-        await rig.strike_begins()
-        store, filler = store_of(rig), where / "filler"
-        if disk is None:  # what SQLite may use stands for the size of the disk
-            store._writer.call(lambda db: db.execute("PRAGMA max_page_count = 10").fetchone(), 30)
-        else:
-            with filler.open("wb", buffering=0) as file:
-                try:
-                    while file.write(b"x" * 4096):
-                        pass
-                except OSError:
-                    pass
-        await until(lambda: store.last_error, "the store to be full")
-        assert "full" in store.last_error
-        await rig.scoring(100)
-        if disk is None:
-            store._writer.call(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchone(), 30)
-        filler.unlink(missing_ok=True)
-        await nothing_lost(rig)
-        await rig.survived()
+    (full,) = (one for one in STORE if one.name == "disk full")
+    if disk is not None:
+        full = replace(full, strike=disk_full, changes={"store": {"path": str(disk / "store.db")}})
+    await hold(full, plant, folder)
 
 
 async def test_a_locked_database_stops_no_score_and_loses_no_row(plant: Simulator, folder: Path) -> None:
-    async with rigged(plant, folder) as rig:
-        await rig.strike_begins()
-        other = sqlite3.connect(load(rig.file).store.path, isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        try:
-            await until(lambda: store_of(rig).counters.write_errors > 0, "the lock to be met")
-            await rig.scoring(100)
-        finally:
-            other.execute("ROLLBACK")
-            other.close()
-        await nothing_lost(rig)
-        await rig.survived()
+    (locked,) = (one for one in STORE if one.name == "database locked")
+    await hold(locked, plant, folder)
 
 
 async def test_a_corrupt_store_is_set_aside_and_the_service_runs(plant: Simulator, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +20,11 @@ from .node_server import NodeServer, node_server
 
 SEED = 0
 WARMUP_ROWS = 2000
+# 70 min; the second vendor plays them over and over, and the step from the last to the first is an anomaly.
+ROWS = 420_000
 TAGS = ("x1", "x3")
 PLANT_URI = "urn:opcua-detector:simulated-plant"
+ALL = "measured"  # every tag, in a quirk
 FULL = "full"  # argument of session_limit: no room for one more
 STATUS = {"BadSensorFailure": "bad", "GoodOverload": "overload"}
 
@@ -40,8 +43,11 @@ class Vendor(Protocol):
         """End the process (SIGKILL)."""
         ...
 
-    def restart(self, *, namespaces_before: Sequence[str] = ()) -> None:
-        """Start again on the same port; namespaces registered before the plant's shift all indexes."""
+    def restart(self, *, namespaces_before: Sequence[str] = (), **changes: Any) -> None:
+        """Start again on the same port; namespaces registered before the plant's shift all indexes.
+
+        changes : to the settings of this server, for good
+        """
         ...
 
     def pause(self) -> None:
@@ -60,8 +66,12 @@ class Vendor(Protocol):
         """Report these tags with a status by name; "Good" ends it."""
         ...
 
+    async def quirk(self, tag: str, what: str, value: float) -> None:
+        """Set one of `sim_server.quirks.QUIRKS` for a tag, or for all with `ALL`; 0 ends it."""
+        ...
+
     async def clock(self, offset_ms: float) -> None:
-        """Let the source clock jump by this much from its true time."""
+        """Let the clock of the server jump by this much from its true time, in every stamp that it gives."""
         ...
 
     async def calm(self) -> None:
@@ -74,8 +84,8 @@ class Simulator:
 
     name = "asyncua"
 
-    def __init__(self, running: RunningPlant, config_file: Path) -> None:
-        self._running, self._config_file = running, config_file
+    def __init__(self, running: RunningPlant, config_file: Path, settings: Mapping[str, Any]) -> None:
+        self._running, self._config_file, self._settings = running, config_file, dict(settings)
         self._removed: set[str] = set()
         self._control: Client | None = None  # beside any proxy, opened before a disturbance may hinder it
 
@@ -86,8 +96,9 @@ class Simulator:
     def kill(self) -> None:
         self._running.kill()
 
-    def restart(self, *, namespaces_before: Sequence[str] = ()) -> None:
-        write_config(self._config_file, namespaces_before=list(namespaces_before))
+    def restart(self, *, namespaces_before: Sequence[str] = (), **changes: Any) -> None:
+        self._settings |= changes
+        write_config(self._config_file, **self._settings | {"namespaces_before": list(namespaces_before)})
         self._running.restart()
 
     def pause(self) -> None:
@@ -133,14 +144,13 @@ class Simulator:
                 await self.quirk(tag, what, 1.0 if name == code else 0.0)
 
     async def clock(self, offset_ms: float) -> None:
+        await self.disturb("clock", str(offset_ms))
         await self.quirk("*", "skew_ms", offset_ms)
 
     async def calm(self) -> None:
         """End every disturbance, so that the next test finds a healthy plant."""
         await self._call("ClearQuirks")
-        usual = [("session_limit", "0"), ("publish_limit", "0"), ("writable", "")]
-        usual += [("restore", name) for name in sorted(self._removed)] + [("type", f"{tag}=Double") for tag in TAGS]
-        for what, argument in usual:
+        for what, argument in [*_usual(self._removed), ("clock", "0")]:
             await self.disturb(what, argument)
 
 
@@ -160,8 +170,8 @@ class SecondVendor:
     def kill(self) -> None:
         self.server.kill()
 
-    def restart(self, *, namespaces_before: Sequence[str] = ()) -> None:
-        self.server.restart(namespaces_before=list(namespaces_before))
+    def restart(self, *, namespaces_before: Sequence[str] = (), **changes: Any) -> None:
+        self.server.restart(namespaces_before=list(namespaces_before), **changes)
 
     def pause(self) -> None:
         self.server.pause()
@@ -190,12 +200,14 @@ class SecondVendor:
 
     async def calm(self) -> None:
         """End every disturbance, so that the next test finds a healthy plant."""
-        usual = [("session_limit", "0"), ("publish_limit", "0"), ("writable", "")]
-        usual += [("restore", name) for name in sorted(self._removed)] + [("type", f"{tag}=Double") for tag in TAGS]
-        for what, argument in usual:
+        await self.do("clear_quirks")
+        for what, argument in _usual(self._removed):
             await self.disturb(what, argument)
         await self.status("Good", *TAGS)
         await self.clock(0.0)
+
+    async def quirk(self, tag: str, what: str, value: float) -> None:
+        await self.do("quirk", names=list(TAGS) if tag == ALL else [tag], quirk=what, value=value)
 
     async def status(self, code: str, *tags: str) -> None:
         await self.do("status", names=list(tags), code=code)
@@ -204,23 +216,29 @@ class SecondVendor:
         await self.do("clock", offset_ms=offset_ms)
 
 
+def _usual(removed: Collection[str]) -> list[tuple[str, str]]:
+    """What ends the disturbances of nodes and limits."""
+    return [("session_limit", "0"), ("publish_limit", "0"), ("writable", ""),
+            *(("restore", name) for name in sorted(removed)), *(("type", f"{tag}=Double") for tag in TAGS)]
+
+
 def write_config(file: Path, **content: Any) -> None:
     """Write the settings of the simulator (JSON is YAML)."""
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
 @contextmanager
-def simulator(folder: Path) -> Iterator[Simulator]:
-    """Run the simulated plant with a settings file that a restart may change."""
+def simulator(folder: Path, **settings: Any) -> Iterator[Simulator]:
+    """Run the simulated plant with a settings file (`sim_server.config`) that a restart may change."""
     file = folder / "plant-settings.yaml"
-    write_config(file)
+    write_config(file, **settings)
     with running_plant("lorenz", history_rows=0, seed=SEED, config=file) as running:
-        yield Simulator(running, file)
+        yield Simulator(running, file, settings)
 
 
 def rows_file(folder: Path) -> Path:
     """Write what the simulator would send live, as float64 rows for the second vendor."""
-    rows = make("lorenz", seed=SEED).simulate(60_000)[WARMUP_ROWS:]
+    rows = make("lorenz", seed=SEED).simulate(ROWS)[WARMUP_ROWS:]
     file = folder / "rows.f64"
     file.write_bytes(np.ascontiguousarray(rows[:, : len(TAGS)], dtype=np.float64).tobytes())
     return file

@@ -155,9 +155,10 @@ def test_sample_comments_state_the_real_defaults() -> None:
 
 def test_paths_in_a_file_count_from_its_folder(tmp_path: Path) -> None:
     file = tmp_path / "plant.yaml"
-    file.write_text("pki_dir: keys\nnodesets: [more/results.xml]\n")
+    file.write_text("pki_dir: keys\nnodesets: [more/results.xml]\ncertificate: own.der\nprivate_key: own.pem\n")
     config = load_config(file)
     assert config.pki_dir == tmp_path / "keys"
+    assert (config.certificate, config.private_key) == (tmp_path / "own.der", tmp_path / "own.pem")
     assert config.nodesets == (tmp_path / "more/results.xml",)
 
 

@@ -168,6 +168,9 @@ def test_nan_stuck_and_drop() -> None:
     holes = x1(10_000, ("x1", "nan", 0.05))
     assert np.isnan(holes.value).mean() == pytest.approx(0.05, abs=0.01)
     assert (holes.status == GOOD).all()
+    beyond = x1(10_000, ("x1", "inf", 0.05))
+    assert np.isposinf(beyond.value).mean() == pytest.approx(0.05, abs=0.01)
+    assert (beyond.status == GOOD).all()
     stuck = x1(100, ("x1", "stuck", 1, 40, 60))
     assert (stuck.value[40:60] == rows[39, X1]).all()
     assert (stuck.value[60:] == rows[60:100, X1]).all()
@@ -231,6 +234,7 @@ def test_a_later_setting_replaces_an_earlier_one_and_the_rules_do_not_pile_up() 
         (("x1", "bad", 1.5), "value"),
         (("x1", "skew_ms", math.nan), "value"),
         (("state", "nan", 0.5), "tag"),
+        (("state", "inf", 0.5), "tag"),
     ],
 )
 def test_wrong_quirks_are_refused_with_what_was_expected(arguments: tuple, key: str) -> None:

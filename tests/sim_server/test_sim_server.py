@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -542,7 +542,8 @@ def test_the_server_ends_cleanly(how: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "argument"),
-    [("rust", ""), ("remove", "x9"), ("restore", "x1"), ("type", "x1=Guid"), ("session_limit", "few")],
+    [("rust", ""), ("remove", "x9"), ("restore", "x1"), ("type", "x1=Guid"), ("session_limit", "few"),
+     ("clock", "soon")],
 )
 async def test_a_disturbance_that_is_not_possible_is_refused(
     lorenz: RunningPlant, what: str, argument: str
@@ -564,6 +565,21 @@ async def test_a_removed_node_says_so_once_and_comes_back_for_new_items_only(lor
             await plant.call_method("2:Disturb", "restore", "x3")
             async with watching(client, "lorenz.x3") as again:
                 await again.until(lambda one: one.StatusCode.is_good())
+
+
+async def test_the_clock_of_the_server_jumps_and_comes_back(lorenz: RunningPlant) -> None:
+    async with connected(lorenz) as client:
+        plant, x1 = tag(client, "lorenz"), tag(client, "lorenz.x1")
+        for hours in (1, -1, 0):
+            await plant.call_method("2:Disturb", "clock", str(hours * 3_600_000))
+
+            async def there(hours: int = hours) -> bool:
+                stamp = (await x1.read_data_value()).ServerTimestamp.replace(tzinfo=UTC)
+                return abs(stamp - datetime.now(UTC) - timedelta(hours=hours)) < timedelta(minutes=1)
+
+            async with asyncio.timeout(10):
+                while not await there():
+                    await asyncio.sleep(0.01)
 
 
 async def test_a_tag_changes_its_type_and_back(lorenz: RunningPlant) -> None:

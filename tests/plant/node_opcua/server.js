@@ -9,6 +9,14 @@ const fs = require("node:fs");
 const path = require("node:path");
 const readline = require("node:readline");
 
+// The clock of the whole server, libraries too, may jump: what asks for the time of day gets it with this offset.
+const TrueDate = Date;
+let clockOffsetMs = 0;
+globalThis.Date = new Proxy(TrueDate, {
+    construct: (target, given) => (given.length ? new target(...given) : new target(TrueDate.now() + clockOffsetMs)),
+    get: (target, name) => (name === "now" ? () => TrueDate.now() + clockOffsetMs : target[name]),
+});
+
 // The library warns on stdout, which belongs to the answers.
 console.log = console.warn = console.error = (...words) => process.stderr.write(`${words.join(" ")}\n`);
 const opcua = require("node-opcua");
@@ -33,7 +41,8 @@ class Plant {
         this.status = {};
         this.removed = {};
         this.variables = {};
-        this.clockOffsetMs = 0;
+        this.quirks = {};
+        this.swapped = {};
         this.row = 0;
         this.late = 0;
         this.columns = settings.columns ?? [];
@@ -71,7 +80,7 @@ class Plant {
 
     start() {
         const zero = performance.now();
-        this.startMs = Date.now();
+        this.startMs = TrueDate.now();
         if (this.rows) {
             this.every(zero, this.period, () => this.row, () => this.publishRow());
         }
@@ -98,18 +107,46 @@ class Plant {
     publishRow() {
         const width = this.columns.length;
         const at = (this.row % (this.rows.length / width)) * width;
-        const stamp = new Date(this.startMs + this.row * this.period + this.clockOffsetMs);
+        const stamp = new Date(this.startMs + this.row * this.period + clockOffsetMs);
         this.columns.forEach((name, k) => {
-            const variable = this.variables[name];
-            if (variable) {
-                this.set(variable, this.value(this.rows[at + k], this.types[name]), this.status[name], stamp);
+            if (this.variables[name]) {
+                this.report(name, { number: this.rows[at + k], status: this.status[name], stamp });
             }
         });
         this.row++;
     }
 
+    // The quirks of the simulator (sim_server.quirks), by their names, each with its probability.
+    report(name, sample) {
+        const quirks = this.quirks[name] ?? {};
+        const hit = (what) => Math.random() < (quirks[what] ?? 0);
+        if (hit("nan") || hit("inf")) {
+            sample.number = quirks.nan ? NaN : Infinity;
+        }
+        if (hit("overflow")) {
+            sample.status = StatusCodes.GoodWithOverflowBit;
+        }
+        const held = this.swapped[name];
+        delete this.swapped[name];
+        if (!held && hit("swap")) { // it is reported after its successor
+            this.swapped[name] = sample;
+            return;
+        }
+        this.send(name, sample);
+        if (hit("duplicate")) { // off by the last bit: the same again is no change
+            this.send(name, { ...sample, number: sample.number * (1 + Number.EPSILON) });
+        }
+        if (held) {
+            this.send(name, held);
+        }
+    }
+
+    send(name, { number, status, stamp }) {
+        this.set(this.variables[name], this.value(number, this.types[name]), status, stamp);
+    }
+
     publishLoad() {
-        const stamp = new Date(this.startMs + (this.loadTurn * 1000) / settings.load.rate + this.clockOffsetMs);
+        const stamp = new Date(this.startMs + (this.loadTurn * 1000) / settings.load.rate + clockOffsetMs);
         this.loadTurn++;
         for (const variable of this.load) {
             this.set(variable, { dataType: DataType.Double, value: this.loadTurn }, undefined, stamp);
@@ -162,6 +199,10 @@ function options() {
         chosen.allowAnonymous = false;
         chosen.userManager = { isValidUser: (name, password) => settings.users[name] === password };
     }
+    if (settings.certificate) {
+        chosen.certificateFile = settings.certificate;
+        chosen.privateKeyFile = settings.private_key;
+    }
     // The library makes a certificate anyway; it goes where the test says and not into the user's home.
     const folder = settings.pki ?? settings.scratch;
     chosen.serverCertificateManager = new opcua.OPCUACertificateManager({
@@ -202,7 +243,15 @@ const commands = {
         }
     },
     clock: ({ offset_ms }) => {
-        plant.clockOffsetMs = offset_ms;
+        clockOffsetMs = offset_ms;
+    },
+    quirk: ({ names, quirk, value }) => {
+        for (const name of names) {
+            (plant.quirks[name] ??= {})[quirk] = value;
+        }
+    },
+    clear_quirks: () => {
+        plant.quirks = {};
     },
     remove: ({ name }) => {
         const node = findNode(name);
@@ -243,6 +292,13 @@ const commands = {
             for (const subscription of [...session.publishEngine.subscriptions]) {
                 session.deleteSubscription(subscription.id);
             }
+        }
+    },
+    // As if the client had asked for nothing in the whole life of the subscription.
+    expire_subscriptions: () => {
+        for (const subscription of owners().flatMap((session) => [...session.publishEngine.subscriptions])) {
+            subscription._life_time_counter = subscription.lifeTimeCount;
+            subscription._tick();
         }
     },
     close_sessions: () => {
