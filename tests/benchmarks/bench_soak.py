@@ -372,11 +372,16 @@ class Soak:
         self.struck.append(Struck(one.name, back_s, self.scene.said.get("alerts", before) - before))
 
     async def mend(self) -> None:
-        """End every disturbance after an error of the rig: a busy machine may leave its own calls unanswered."""
+        """End every disturbance after an error of the rig: a busy machine may leave its own calls unanswered.
+
+        A server that has died of itself (node-opcua does, where a queue runs over while values are Bad) is started.
+        """
         self.scene.proxy.heal()
-        self.scene.vendor.resume()
-        with suppress(OSError, TimeoutError):
+        try:
+            self.scene.vendor.resume()
             await self.scene.vendor.calm()
+        except Exception:  # whatever the vendor's control connection raises: the server is not there any more
+            await asyncio.to_thread(self.scene.vendor.restart)
 
     async def go(self) -> None:
         """Run for as long as was asked."""
@@ -399,7 +404,7 @@ class Soak:
             try:
                 await self.strike(one)
             except Exception as error:  # of the rig itself: an hour is not thrown away for it
-                print(f"{one.name}: {error!r}", file=sys.stderr, flush=True)
+                print(f"{one.name}: {str(error)[:300]!r}", file=sys.stderr, flush=True)
                 await self.mend()
             if self.child.returncode is not None:
                 raise SystemExit(f"the service ended by itself with code {self.child.returncode}")
