@@ -27,9 +27,9 @@ The rule, for period P:
 6. *Gap.* No sample of any tag for more than max_hold periods, a lost connection, or a Bad sample of a tag
    with quality `stop`: the next row carries the gap flag. The grid keeps its phase; the rows of such a hole
    are not made, those of a shorter one are held. While a connection is idle, `advance` makes held rows up to
-   max_hold. A lost connection lasts until every tag that had delivered before it has delivered again, with whatever
-   status, or for `RETURN_NS` of rows at most: subscriptions come back one after the other, and a row of some of the
-   tags is none that a method has learnt.
+   max_hold. A lost connection lasts until every tag that it carried and that had delivered has delivered again, with
+   whatever status, or for `RETURN_NS` of rows at most: subscriptions come back one after the other, and a row of some
+   of the tags is none that a method has learnt.
 7. *Clock set back.* When nothing but stamps older than max_hold arrives, the grid starts again there, as a
    gap.
 
@@ -58,6 +58,9 @@ _NO_VALUES = np.empty(0, np.float64)
 _NO_STATUS = np.empty(0, np.uint32)
 # What is counted of a row when it closes; a row that is withheld takes it back.
 _OF_ROWS = np.array([_k.C_HELD, _k.C_MASKED, _k.C_STALE, _k.C_ROWS, _k.C_GAPS])
+
+# What makes a hold, of the state of a tag.
+_OF_HOLD = (_k.STAMP, _k.SLOT, _k.STATUS, _k.KNOWN, _k.USED, _k.GOOD_SLOT, _k.HAS_GOOD)
 
 Int32 = NDArray[np.int32]
 COUNTERS = _k.COUNTERS
@@ -127,6 +130,8 @@ class FrameBuilder:
         self._lost = np.zeros(n, np.bool_)  # tags that have not delivered since the connection was lost
         self._returning_since_ns: int | None = None  # the first row that was withheld
         self._gap_owed = False
+        self._kept = np.zeros(n, np.bool_)  # tags whose hold outlives the loss that is under way
+        self._stampless = False  # and whether their stamps are of a time that is over
         self._position = np.zeros(1, np.int64)
         self._input: tuple[Int32, Int64, Float64, UInt32] = (_NO_INDEX, _NO_STAMPS, _NO_VALUES, _NO_STATUS)
         self._watermark = _k.FAR_PAST
@@ -166,12 +171,29 @@ class FrameBuilder:
         self._flush = True
         return self._begin()
 
-    def connection_lost(self) -> int:
-        """Close what has samples and end every hold: the next row is a gap; return rows ready.
+    def connection_lost(self, columns: Int32 | None = None) -> int:
+        """Close what has samples and end the hold of what was lost: the next row is a gap; return rows ready.
 
-        It has all tags again that were there before, see rule 6.
+        columns : int32[k]; the tags that were lost, None: all; others are held as before, since a server that reports
+            changes does not say again what has not changed
+
+        The next row has all tags again that were there before, see rule 6.
         """
         self._demand_drained()
+        self._kept = np.ones(len(self.tags), np.bool_)
+        self._kept[slice(None) if columns is None else columns] = False
+        self._losing = True
+        return self._begin()
+
+    def clock_set(self) -> int:
+        """Close what has samples and begin anew, since the clock of the source was set; return rows ready.
+
+        What is held for as long as the connection lives (set-points, commands, states) is held on: it is not sent
+        again. Its stamp is of the old time and says nothing any more.
+        """
+        self._demand_drained()
+        self._kept = self._per_tag[_k.STALE] == _k.FOR_EVER
+        self._stampless = True
         self._losing = True
         return self._begin()
 
@@ -253,20 +275,40 @@ class FrameBuilder:
     def _run(self, outer: tuple[Int64, Float64, UInt8, UInt32, NDArray[np.uint64]]) -> int:
         """Call the kernel for what is to be done, into these arrays; its result is DONE or FULL."""
         if self._losing:
+            # First the rows that have samples: what is held is known only when they are closed.
+            running = self._state[_k.PHASE] == _k.PHASE_RUN
+            if running and self._close(outer, flush=True) == _k.FULL:
+                return _k.FULL
             known = self._per_tag[_k.KNOWN] == 1
-            known |= (self._ring[0] != _k.FAR_PAST).any(axis=0)
+            kept = known & self._kept
+            per_tag, values = self._per_tag[:, kept].copy(), self._inner[2][:, kept].copy()
             lost: int = _k.lose_connection(*self._inner, *outer)
-            if lost == _k.DONE:
-                self._lost |= known
+            assert lost == _k.DONE  # nothing is left to close
+            self._lost |= known
+            if running and kept.any():
+                if self._stampless:
+                    per_tag[_k.STAMP] = _k.FAR_PAST
+                per_tag[_k.USED] = 1
+                for row in _OF_HOLD:
+                    self._per_tag[row, kept] = per_tag[row]
+                self._inner[2][:, kept] = values
+                self._lost &= ~kept
+            self._stampless = False
             return lost
+        return self._close(outer, flush=self._flush)
+
+    def _close(
+        self, outer: tuple[Int64, Float64, UInt8, UInt32, NDArray[np.uint64]], *, flush: bool
+    ) -> int:
+        """Take the input and close rows."""
         result: int = _k.close_rows(
-            *self._inner, *self._boot, *outer, *self._input, self._position, self._watermark, self._flush
+            *self._inner, *self._boot, *outer, *self._input, self._position, self._watermark, flush
         )
         if result == _k.UNSORTED:
             order = np.argsort(self._input[1], kind="stable")
             self._input = tuple(part[order] for part in self._input)  # type: ignore[assignment]
             result = _k.close_rows(
-                *self._inner, *self._boot, *outer, *self._input, self._position, self._watermark, self._flush
+                *self._inner, *self._boot, *outer, *self._input, self._position, self._watermark, flush
             )
         return result
 

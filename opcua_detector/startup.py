@@ -71,11 +71,12 @@ async def check_nodes(config: Config, sessions: Mapping[str, Session], groups: S
     for name in groups:
         group = config.group(name)
         by_server: dict[str, list[Any]] = {}
+        indexes = {item.name: item.index for item in group.tags if item.index is not None}
         for item in group.tags:
             by_server.setdefault(item.server or group.server, []).append(item.tag())
         for server, tags in by_server.items():
             if server in sessions:
-                asked.append(check_tags(sessions[server], tags, where=f"{prefix}groups.{name}.tags"))
+                asked.append(check_tags(sessions[server], tags, f"{prefix}groups.{name}.tags", indexes))
     for monitor in outputs:
         assert monitor.outputs is not None
         if monitor.outputs.server in sessions:

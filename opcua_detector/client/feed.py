@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -121,7 +121,8 @@ class GroupFeed:
         tolerance_ns = max(int(_JUMP_S * 1e9), (group.max_hold + 3) * group.period + group.lateness_ns)
         by_server: dict[str, list[Item]] = {}
         for column, (tag, known) in enumerate(zip(group.tags, tags, strict=True)):
-            item = Item(tag.name, tag.node, column, text=known.kind is TagKind.STATE)
+            element = -1 if tag.index is None else tag.index
+            item = Item(tag.name, tag.node, column, text=known.kind is TagKind.STATE, element=element)
             by_server.setdefault(tag.server or group.server, []).append(item)
         self._clocks = {server: SourceClock(len(tags), tolerance_ns) for server in by_server}
         self.subscriptions: dict[str, Subscription] = {}
@@ -134,7 +135,7 @@ class GroupFeed:
                     sampling_ns=group.sampling_ns,
                     publishing_ns=group.publishing_ns,
                     on_samples=partial(self._samples, server=server),
-                    on_lost=partial(self._lost, server),
+                    on_lost=partial(self._lost, server, columns_of(items[first : first + most])),
                     on_idle=self._idle,
                     keep_alive_s=max(_LEAST_KEEP_ALIVE_S, group.max_hold * group.period / 2e9),
                     period_ns=group.period,
@@ -218,13 +219,13 @@ class GroupFeed:
         self.clock_jumps += 1
         log.warning("group %s: the clock of server %s was set; its rows begin anew", self.group.name, server)
         self._newest_ns = None
-        self.builder.connection_lost()
+        self.builder.clock_set()
         self._drain()
 
-    def _lost(self, server: str) -> None:
+    def _lost(self, server: str, columns: NDArray[np.int32]) -> None:
         self._clocks[server].forget()
         self._newest_ns = None
-        self.builder.connection_lost()
+        self.builder.connection_lost(columns)
         self._drain()
 
     def _drain(self) -> None:
@@ -251,3 +252,8 @@ class GroupFeed:
         # The source clock as it was at the last value, less the time a value may be under way.
         self.builder.advance(self._newest_ns + silent_ns - 2 * self.group.publishing_ns)
         self._drain()
+
+
+def columns_of(items: Sequence[Item]) -> NDArray[np.int32]:
+    """Return int32[m], the columns of items."""
+    return np.array([item.column for item in items], np.int32)

@@ -21,7 +21,7 @@ from asyncua.ua.ua_binary import uatcp_to_binary
 from ..errors import ConnectionProblem
 from .waiting import within
 
-MOST_BYTES = 64_000_000  # of one message, headers included: a Read of 10 000 nodes is below one million
+LEAST_BYTES = 1_000_000  # of one message where little is asked for, such as the endpoints
 CHUNK_BYTES = 65_535  # ReceiveBufferSize of our Hello: no chunk is larger
 LEAST_CHUNK_BYTES = 8192  # that any end must be able to receive and to send
 _HEADER = struct.Struct("<3scI")  # message type, kind of chunk, size with this header
@@ -96,7 +96,7 @@ class _BoundedProtocol(UASocketProtocol):
         if at:
             self._process_received_data(data[:at])
         if problem:
-            self._refuse(problem)
+            self.refuse(problem)
 
     def _too_large(self, size: int) -> str:
         """Return what is wrong with a chunk of this size; empty where all is well."""
@@ -116,12 +116,12 @@ class _BoundedProtocol(UASocketProtocol):
         else:
             self._message_bytes = self._message_chunks = 0
 
-    def _refuse(self, what: str) -> None:
+    def refuse(self, what: str) -> None:
         """Drop the connection; whoever waits for an answer on it learns why."""
         self.refusal = problem = ConnectionProblem(
             f"the server sends {what}; the connection was dropped", where=self._where,
-            next_step="look after the server; if its answers are that large, read fewer nodes at once or raise the "
-            "limit of this server",
+            next_step="look after the server; if its answers are that large, read fewer nodes at once or raise its "
+            "'max_message_size'",
         )
         self._partial.clear()
         self._fail_all_pending(problem)

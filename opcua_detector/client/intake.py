@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from asyncua import ua
@@ -57,6 +58,7 @@ class Intake:
         width = max(self._by_column, default=-1) + 1
         self._own = np.zeros(width, np.bool_)  # by client handle: is it one of these items
         self._own[list(state.places)] = True
+        self._all_own = bool(self._own.all())
         self._no_text = np.zeros(width, np.bool_)
         self._no_text[[item.column for item in items if not item.text]] = True
         self._textual = np.zeros(width, np.bool_)  # by column, as the items say
@@ -66,6 +68,10 @@ class Intake:
     def published(self, samples: wire.Samples) -> None:
         """Take the values of one notification."""
         handles = samples.handle
+        if self._all_own and 0 <= samples.highest < len(self._own):  # what almost every notification is
+            column, samples, _ = self._fan.spread(samples, partial(_read_again, samples.raw))
+            self.take(column, samples.source_ns, samples)
+            return
         known = (handles >= 0) & (handles < len(self._own))
         rows = None
         if not known.all() or not self._own[handles].all():
@@ -89,17 +95,19 @@ class Intake:
         columns : int32[m]; stamps : int64[m], in place of the source stamps of the samples, NO_STAMP: none
         """
         self.counters["samples"] += len(columns)
-        null = stamps == wire.NO_STAMP
-        if null.any():
+        looked = stamps is samples.source_ns and not samples.notes & wire.NOTE_NO_STAMP
+        if not looked and (null := stamps == wire.NO_STAMP).any():
             self.counters["null_timestamp"] += int(null.sum())
             stamps = np.where(null, samples.server_ns, stamps)
             stamps = np.where(stamps == wire.NO_STAMP, self._utc_ns(), stamps)
         value, status = samples.value, samples.status
-        severe = status >= 0x80000000
-        if severe.any() or self._state.doubted.any():
-            self._look_for_gone(columns, status, severe)
-        self.counters["overload"] += int(((status & 0xFFFF0000) == GOOD_OVERLOAD).sum())
-        if samples.text_at is not None and (self._textual.any() or (samples.text_at >= 0).any()):
+        if samples.notes & wire.NOTE_STATUS or self._state.doubted.any():
+            severe = status >= 0x80000000
+            if severe.any() or self._state.doubted.any():
+                self._look_for_gone(columns, status, severe)
+            self.counters["overload"] += int(((status & 0xFFFF0000) == GOOD_OVERLOAD).sum())
+        if samples.text_at is not None and (
+                self._textual.any() or (samples.notes & wire.NOTE_TEXT and (samples.text_at >= 0).any())):
             value, status = self._without_text(columns, samples.text_at >= 0, value, status)
         self._silence.heard(columns, samples.value, samples.status)
         self._on_samples(columns, stamps, value, status)

@@ -82,7 +82,7 @@ class Login:
     def new_client(self, endpoint: str) -> Client:
         """Return a client that is not connected yet and takes no message without end."""
         where = self.where(endpoint)
-        return inflow.bounded_client(endpoint, self.timeout_s, self._on_refused, where, inflow.MOST_BYTES)
+        return inflow.bounded_client(endpoint, self.timeout_s, self._on_refused, where, self.config.max_message_size)
 
     async def log_in(self, client: Client, endpoint: str) -> None:
         """Connect a client and activate a session; raises ConnectionProblem, and then nothing is left of it."""

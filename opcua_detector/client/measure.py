@@ -135,7 +135,8 @@ def _watch(one: Subscription, group: GroupConfig, feed: GroupFeed, stream: _Stre
         stream.arrived.append((time.time_ns(), column.copy(), source_ns.copy()))
         feed._samples(column, source_ns, value, status)
 
-    return _Watched(one.session, [Item(item.name, item.node, item.column, text=item.text) for item in one.items],
+    return _Watched(one.session, [Item(item.name, item.node, item.column, text=item.text, element=item.element)
+                                  for item in one.items],
                     sampling_ns=group.sampling_ns, publishing_ns=group.publishing_ns, on_samples=on_samples,
                     on_lost=lambda: None, on_idle=feed._idle, keep_alive_s=one._keep_alive_s)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..api import Tag, TagKind
 from ..errors import NodeProblem
@@ -41,8 +42,13 @@ def raise_findings(findings: Sequence[Finding], shown: int = 5) -> None:
     )
 
 
-async def check_tags(session: Session, tags: Sequence[Tag], where: str = "tags") -> list[Finding]:
-    """Return all that is wrong with tags: found, a scalar of a usable type, readable, in the stated unit."""
+async def check_tags(
+    session: Session, tags: Sequence[Tag], where: str = "tags", indexes: Mapping[str, int] = MappingProxyType({})
+) -> list[Finding]:
+    """Return all that is wrong with tags: found, a scalar of a usable type, readable, in the stated unit.
+
+    indexes : name of a tag -> its place in the array that its node is
+    """
     found = await resolve(session, [tag.node for tag in tags])
     refs = {text: ref for text, ref in found.items() if isinstance(ref, NodeRef)}
     facts = dict(zip(refs, await read_facts(session, list(refs.values())), strict=True))
@@ -56,7 +62,7 @@ async def check_tags(session: Session, tags: Sequence[Tag], where: str = "tags")
         if isinstance(ref, NodeProblem):
             findings.append(Finding(place, ref.what, ref.next_step))
         else:
-            findings += _tag_findings(tag, facts[tag.node], place)
+            findings += _tag_findings(tag, facts[tag.node], place, indexes.get(tag.name))
     return findings
 
 
@@ -78,7 +84,7 @@ def _missing(facts: NodeFacts, place: str) -> list[Finding]:
     return []
 
 
-def _tag_findings(tag: Tag, facts: NodeFacts, place: str) -> list[Finding]:
+def _tag_findings(tag: Tag, facts: NodeFacts, place: str, index: int | None) -> list[Finding]:
     missing = _missing(facts, place)
     if missing:
         return missing
@@ -91,9 +97,14 @@ def _tag_findings(tag: Tag, facts: NodeFacts, place: str) -> list[Finding]:
                 "give the user read access on the server, or leave the tag out",
             )
         )
-    if facts.rank >= 0:
+    if index is not None:
+        findings += _index_findings(facts, place, index)
+    elif facts.rank >= 0:
         findings.append(
-            Finding(place, f"the tag is an array (ValueRank {facts.rank})", "name a scalar variable")
+            Finding(
+                place, f"the tag is an array (ValueRank {facts.rank})",
+                "give the 'index' of the element that is meant, or name a scalar variable",
+            )
         )
     if facts.type == "String" and tag.kind is not TagKind.STATE:
         findings.append(Finding(place, "the tag is text", "give it 'kind: state', or leave it out"))
@@ -132,6 +143,20 @@ def _tag_findings(tag: Tag, facts: NodeFacts, place: str) -> list[Finding]:
             )
         )
     return findings
+
+
+def _index_findings(facts: NodeFacts, place: str, index: int) -> list[Finding]:
+    """What is wrong with the index of a tag; the present length is only that of now."""
+    if facts.rank == -1:
+        return [Finding(place, "the tag has an index and the node is no array", "take the 'index' out")]
+    if 0 <= facts.length <= index:
+        return [
+            Finding(
+                place, f"index {index} of an array of {facts.length}, counted from 0",
+                "correct the index; the tag is masked until the array is long enough", error=False,
+            )
+        ]
+    return []
 
 
 async def check_outputs(session: Session, nodes: Mapping[str, str], where: str = "outputs") -> list[Finding]:

@@ -48,7 +48,10 @@ class NodeRef:
 
 @dataclass(slots=True)
 class NodeFacts:
-    """What the server says of a node; `type` is the built-in type, `value` the present number."""
+    """What the server says of a node; `type` is the built-in type, `value` the present number.
+
+    length : elements of the array that is its value now, -1: it is none
+    """
 
     ref: NodeRef
     exists: bool = False
@@ -56,6 +59,7 @@ class NodeFacts:
     type: str = ""
     type_name: str = ""
     rank: int = -1
+    length: int = -1
     readable: bool = False
     writable: bool = False
     history: bool = False
@@ -262,8 +266,16 @@ async def _facts(session: Session, ref: NodeRef, values: Sequence[Any]) -> NodeF
     facts.read_status = value.StatusCode.name if value.StatusCode is not None else "Good"
     content = value.Value.Value if value.Value is not None else None
     facts.value, facts.value_text = wire.to_number(content), _shown(content)
+    facts.length = _length(content)
     facts.source_ns = wire.to_ns(value.SourceTimestamp)
     return facts
+
+
+def _length(content: Any) -> int:
+    """Elements of an array of any dimensions, -1 for what is none."""
+    if not isinstance(content, list | tuple):
+        return -1
+    return sum(max(1, _length(one)) if isinstance(one, list | tuple) else 1 for one in content)
 
 
 def _shown(content: Any) -> str:

@@ -31,7 +31,7 @@ from cryptography import x509
 
 from ..config import ServerConfig
 from ..errors import AccessRefused
-from . import pki, trust, wire
+from . import inflow, pki, trust, wire
 from .cipher import POLICIES
 
 RECHECK_S = 60.0  # the trust list is asked again this often while a connection stands
@@ -63,7 +63,7 @@ class Discovery:
 
 async def discover(endpoint: str, timeout_s: float) -> Discovery:
     """Ask a server for its endpoints over an open channel; errors are those of the network and of asyncua."""
-    asker = Client(endpoint, timeout=timeout_s)
+    asker = inflow.bounded_client(endpoint, timeout_s, lambda _: None, f"server at {endpoint}", inflow.LEAST_BYTES)
     try:
         await asker.connect_socket()
         await asker.send_hello()

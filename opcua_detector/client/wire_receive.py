@@ -137,8 +137,12 @@ class Receiver(asyncio.BufferedProtocol):
 
     def _refuse(self, size: int) -> None:
         """End a connection whose peer announces a chunk that cannot be: it is not waited for, and not made room for."""
-        log.warning("a chunk of %d bytes was announced; the connection is closed", size)
         self._filled = 0
+        refuse = getattr(self._protocol, "refuse", None)  # of `inflow`: reported and counted
+        if refuse is not None:
+            refuse(f"a chunk of {size} bytes")
+            return
+        log.warning("a chunk of %d bytes was announced; the connection is closed", size)
         self._protocol._fail_all_pending(ua.UaStatusCodeError(ua.StatusCodes.BadTcpMessageTooLarge))
         self._protocol.disconnect_socket()
 

@@ -11,7 +11,11 @@ from .units import POLL, DurationNs, Name, NodeText, Sampling, Section, node_tex
 
 
 class TagConfig(Section):
-    """One tag of a group."""
+    """One tag of a group.
+
+    index : the node is an array and the tag its element at this place, from 0; of several dimensions, as they are
+        flattened, the last one running first (Part 6, 5.2.2.16)
+    """
 
     name: Name
     node: Annotated[NodeText, BeforeValidator(node_text)]
@@ -26,6 +30,7 @@ class TagConfig(Section):
     stale_after: DurationNs | None = None
     turn: float = Field(default=360.0, gt=0)
     server: str = ""
+    index: int | None = Field(default=None, ge=0, le=2**31 - 2)
 
     @field_validator("eu_range")
     @classmethod

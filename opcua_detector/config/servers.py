@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import ConfigError
-from .units import DurationNs, Name, Section, Wrong
+from .units import Bytes, DurationNs, Name, Section, Wrong
 from .writing import WritingConfig
 
 
@@ -21,6 +21,7 @@ class ServerConfig(Section):
     server_certificate : pinned, in place of the trust list `<pki>/trusted`
     expected_host : host name or address that the server's certificate must carry, where a gateway makes the endpoint
         another one
+    max_message_size : of one answer of the server; one that sends more is dropped, counted and connected to again
     require_crl : refuse a certificate signed by a CA of which no current CRL lies in `<pki>/crl`
     """
 
@@ -41,7 +42,15 @@ class ServerConfig(Section):
     require_crl: bool = False
     pki: Path = Path("pki")
     timeout: DurationNs = 4 * 10**9
+    max_message_size: Bytes = 64_000_000
     writing: WritingConfig = WritingConfig()
+
+    @field_validator("max_message_size")
+    @classmethod
+    def _room(cls, value: int) -> int:
+        if not 10**6 <= value <= 2 * 10**9:
+            raise ValueError("'1 MB' to '2 GB'")
+        return value
 
     @field_validator("endpoint", "endpoints")
     @classmethod

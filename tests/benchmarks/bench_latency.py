@@ -28,7 +28,6 @@ import numpy as np
 from opcua_detector import config as configuration
 from opcua_detector.cli.simulator import simulated_plant
 from opcua_detector.client.observer import Observer
-from opcua_detector.client.wire_loop import loop_factory
 from opcua_detector.service import Service
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "throttle.yaml"
@@ -158,8 +157,7 @@ def main() -> int:
     chosen = parser.parse_args()
     logging.getLogger("asyncua").setLevel(logging.ERROR)  # it tells each revised interval
     if chosen.role == "service":
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            print(json.dumps(runner.run(serve(chosen.config, chosen.seconds))))
+        print(json.dumps(asyncio.run(serve(chosen.config, chosen.seconds))))
         return 0
     if chosen.role == "client":
         print(json.dumps(asyncio.run(watch(chosen.endpoint, chosen.watch_ms, chosen.seconds))))

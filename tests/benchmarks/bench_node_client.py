@@ -6,9 +6,9 @@ Each client runs in a process of its own, one after the other, on the same serve
 rate. Told are the share of the changes that arrived and the CPU of the client, the median of the rounds; then the CPU
 and the time of one Read of all nodes. Beside them stands the floor: an asyncio process on the same subscription that
 reads the same bytes off the socket, throws them away and sends a PublishRequest for each message, so what any Python
-client on asyncio pays before it has looked at a value. Ours runs on uvloop where that is installed (`--loop asyncio`:
-never). `--highest` raises the rate until a change is lost. asyncua's handler is left out of the watching: it holds a
-core and falls behind. Exit code 1 where the issue's figures do not hold: at the highest rate that the server sustains
+client on asyncio pays before it has looked at a value. `--highest` raises the rate until a change is lost. asyncua's
+handler is left out of the watching: it holds a core and falls behind. Exit code 1 where the issue's figures do not
+hold: at the highest rate that the server sustains
 (node-opcua's client gets 95 %) at least its share for a quarter of its CPU; Read for half of its CPU and .08 of
 asyncua's.
 """
@@ -36,7 +36,6 @@ from plant.node_server import FOLDER, NodeServer, node_server
 
 from opcua_detector.api import Frame
 from opcua_detector.client import GroupFeed, Session, wire
-from opcua_detector.client.wire_loop import loop_factory
 from opcua_detector.client.wire_requests import PreparedPublish, PreparedRead, ReadFrom
 from opcua_detector.config import GroupConfig, ServerConfig, TagConfig
 
@@ -181,9 +180,9 @@ def other(server: NodeServer, mode: str, count: int, seconds: float) -> dict[str
     return run(["node", "--no-warnings", str(FOLDER / "client.js"), json.dumps(settings)])
 
 
-def ours(what: str, server: NodeServer, count: int, rate: float, seconds: float, loop: str = "best") -> dict[str, Any]:
+def ours(what: str, server: NodeServer, count: int, rate: float, seconds: float) -> dict[str, Any]:
     """Run one of ours in a process of its own, so that its CPU is its own."""
-    words = [what, server.endpoint, str(count), str(rate), str(seconds), loop]
+    words = [what, server.endpoint, str(count), str(rate), str(seconds)]
     return run([sys.executable, __file__, "--one", *words])
 
 
@@ -193,17 +192,16 @@ def run(command: list[str]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def one(what: str, endpoint: str, count: int, rate: float, seconds: float, loop: str) -> dict[str, Any]:
+def one(what: str, endpoint: str, count: int, rate: float, seconds: float) -> dict[str, Any]:
     """Do one measurement in this process."""
     logging.getLogger("asyncua").setLevel(logging.CRITICAL + 1)
-    with asyncio.Runner(loop_factory=loop_factory() if loop == "best" else None) as runner:
-        if what in ("ours-watch", "bare-watch"):
-            watch = ours_watch if what == "ours-watch" else bare_watch
-            return runner.run(watch(endpoint, count, rate, seconds))
-        return runner.run(ours_read(endpoint, count) if what == "ours-read" else asyncua_read(endpoint, count))
+    if what in ("ours-watch", "bare-watch"):
+        watch = ours_watch if what == "ours-watch" else bare_watch
+        return asyncio.run(watch(endpoint, count, rate, seconds))
+    return asyncio.run(ours_read(endpoint, count) if what == "ours-read" else asyncua_read(endpoint, count))
 
 
-def watching(count: int, rates: list[float], seconds: float, rounds: int, loop: str, highest: bool) -> bool:
+def watching(count: int, rates: list[float], seconds: float, rounds: int, highest: bool) -> bool:
     """Print the table of watching; return whether ours keeps up for a quarter of the CPU where the server sustains."""
     print("   Hz  client          delivered     CPU   of node-opcua's")
     verdict, whole = True, 0.0
@@ -214,8 +212,8 @@ def watching(count: int, rates: list[float], seconds: float, rounds: int, loop: 
         with node_server(load={"count": count, "rate": rate}) as server:
             for _ in range(rounds):
                 found = {"node-opcua": other(server, "watch", count, seconds),
-                         "ours": ours("ours-watch", server, count, rate, seconds, loop),
-                         "bare asyncio": ours("bare-watch", server, count, rate, seconds, "asyncio")}
+                         "ours": ours("ours-watch", server, count, rate, seconds),
+                         "bare asyncio": ours("bare-watch", server, count, rate, seconds)}
                 lost += int(found["ours"]["lost"])
                 for name, one in found.items():
                     shares.setdefault(name, []).append(one["values"] / (one["seconds"] * rate * count))
@@ -259,17 +257,16 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--rates", type=float, nargs="+", default=[20.0, 50.0, 100.0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loop", choices=["best", "asyncio"], default="best")
     parser.add_argument("--highest", action="store_true")
-    parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        what, endpoint, count, rate, seconds, loop = given.one
-        print(json.dumps(one(what, endpoint, int(count), float(rate), float(seconds), loop)))
+        what, endpoint, count, rate, seconds = given.one
+        print(json.dumps(one(what, endpoint, int(count), float(rate), float(seconds))))
         return 0
     rates = given.rates + ([r for r in HIGHER if r > max(given.rates)] if given.highest else [])
     held = [reading(given.count),
-            watching(given.count, rates, given.seconds, given.rounds, given.loop, given.highest)]
+            watching(given.count, rates, given.seconds, given.rounds, given.highest)]
     return 0 if all(held) else 1
 
 

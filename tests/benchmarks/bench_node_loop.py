@@ -31,7 +31,6 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ from plant.node_server import NodeServer, node_server
 from opcua_detector.api import Frame
 from opcua_detector.client import GroupFeed, Session, WriteBack
 from opcua_detector.client.observer import Observer
-from opcua_detector.client.wire_loop import loop_factory
 from opcua_detector.config import GroupConfig, ServerConfig, TagConfig
 
 LOAD = "nsu=urn:opcua-detector:simulated-plant;s=load."
@@ -96,8 +94,8 @@ async def measure(server: NodeServer, tags: int, rate: float, publishing_ms: int
     try:
         await asyncio.sleep(SETTLE_S)
         watcher = await asyncio.create_subprocess_exec(
-            sys.executable, __file__, "--watch", server.endpoint, "--seconds", str(seconds), "--loop",
-            "asyncio", stdout=subprocess.PIPE)
+            sys.executable, __file__, "--watch", server.endpoint, "--seconds", str(seconds),
+            stdout=subprocess.PIPE)
         await asyncio.sleep(SETTLE_S)
         first, stats = loop.feed.counters(), await asyncio.to_thread(server.do, "stats")
         loop.rows.clear()
@@ -172,12 +170,6 @@ def shown(found: dict[str, Any]) -> str:
             f"without us {found['without_us_ms_p50']:.1f} ms, directly {found['direct_ms_p50']:.1f} ms")
 
 
-def run(work: Coroutine[Any, Any, Any], loop: str) -> Any:
-    """Run to the end, on the loop that is asked for."""
-    with asyncio.Runner(loop_factory=None if loop == "asyncio" else loop_factory()) as runner:
-        return runner.run(work)
-
-
 def main() -> int:
     """Measure and print; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,14 +177,12 @@ def main() -> int:
     parser.add_argument("--tags", type=int, default=200)
     parser.add_argument("--rate", type=float, default=50.0)
     parser.add_argument("--publishing", type=int, default=10)
-    parser.add_argument("--loop", choices=["best", "asyncio"], default="best",
-                        help="best: uvloop where it is installed")
     parser.add_argument("--highest", action="store_true")
     parser.add_argument("--watch", help=argparse.SUPPRESS)
     given = parser.parse_args()
     logging.getLogger("asyncua").setLevel(logging.CRITICAL + 1)
     if given.watch:
-        run(watch(given.watch, given.seconds), given.loop)
+        asyncio.run(watch(given.watch, given.seconds))
         return 0
     print(" tags    Hz  cycles/s delivered   lost  written  ack50   ack99   seen50   seen99    CPU  server")
     cases = [(given.tags, given.rate), (20, 50.0)]
@@ -201,7 +191,7 @@ def main() -> int:
     code = 0
     for k, (tags, rate) in enumerate(cases):
         with node_server(load={"count": tags, "rate": rate}) as server:
-            found = run(measure(server, tags, rate, given.publishing, given.seconds), given.loop)
+            found = asyncio.run(measure(server, tags, rate, given.publishing, given.seconds))
         print(shown(found), flush=True)
         if k == 0 and (found["written"] < WRITTEN or found["ack_intervals_p50"] > ACKNOWLEDGED):
             code = 1

@@ -25,6 +25,7 @@ HEAD = struct.Struct("<4sI")
 CHANNEL = struct.Struct("<4sIIIII")  # type, size, channel, token, sequence number, request
 ZEROS = bytes(8000)
 PERIOD = 10_000_000
+MOST_BYTES = 64_000_000  # the default
 
 
 async def message(reader: asyncio.StreamReader) -> bytes:
@@ -107,8 +108,8 @@ async def test_a_log_in_to_a_server_that_sends_without_end_fails_and_holds_nothi
         assert one.counters["oversized"] == 1 and "server plant at" in str(refused.value)
         assert held < 4_000_000
         hello = hostile.hello
-        assert hello is not None and hello.MaxMessageSize == inflow.MOST_BYTES
-        assert hello.MaxChunkCount == inflow.chunks_of(inflow.MOST_BYTES) > 1000
+        assert hello is not None and hello.MaxMessageSize == MOST_BYTES
+        assert hello.MaxChunkCount == inflow.chunks_of(MOST_BYTES) > 1000
         assert hello.ReceiveBufferSize == inflow.CHUNK_BYTES
         await one.close()
 
@@ -177,10 +178,9 @@ async def test_a_message_without_end_ends_the_connection_again_and_again_and_the
     plant: RunningPlant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "FIRST_DELAY_S", 0.1)
-    monkeypatch.setattr(inflow, "MOST_BYTES", 2_000_000)
     relay = Relay(plant.port)
     async with listening(relay.serve) as endpoint:
-        one = Session(server_config(endpoint))
+        one = Session(server_config(endpoint, max_message_size="2 MB"))
         await one.open()
         rows = Rows()
         feed = GroupFeed(group_config("x1", "x3"), {"plant": one}, rows.take)
@@ -200,9 +200,8 @@ async def test_a_message_without_end_ends_the_connection_again_and_again_and_the
         await one.close()
 
 
-async def test_answers_of_the_size_that_is_allowed_pass(plant: RunningPlant, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_answers_of_the_size_that_is_allowed_pass(plant: RunningPlant) -> None:
     """Many chunks, however TCP cuts them."""
-    monkeypatch.setattr(inflow, "MOST_BYTES", 2_000_000)
 
     class Cut(Relay):
         async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -225,7 +224,7 @@ async def test_answers_of_the_size_that_is_allowed_pass(plant: RunningPlant, mon
 
     relay = Cut(plant.port)
     async with listening(relay.serve) as endpoint:
-        one = Session(server_config(endpoint))
+        one = Session(server_config(endpoint, max_message_size="2 MB"))
         await one.open()
         record = await read_history(
             one, [Tag("x1", f"{PLANT}lorenz.x1")], plant.start_ns - 2500 * PERIOD, plant.start_ns - PERIOD, PERIOD

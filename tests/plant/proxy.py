@@ -123,7 +123,9 @@ class _Connection:
         try:
             await asyncio.wait((sender, reading), return_when=asyncio.FIRST_COMPLETED)
             if reading.done() and not sender.done():  # what came before the end still arrives
-                await late.join()
+                emptied = asyncio.create_task(late.join())
+                await asyncio.wait((emptied, sender), return_when=asyncio.FIRST_COMPLETED)
+                emptied.cancel()
         finally:
             for task in (sender, reading):
                 task.cancel()
