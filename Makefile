@@ -52,10 +52,11 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # What needs the shared data, or many minutes, is left to `bench-detection`.
+LONG := $(addprefix tests/benchmarks/bench_,soak.py recovery.py)  # an hour, and every fault on two servers
 DETECTION := $(addprefix tests/benchmarks/bench_,public.py paper.py faults.py explain.py)
 
 bench: $(VENV)/.dev  ## times and sizes the README quotes
-	for b in $(filter-out $(DETECTION),$(wildcard tests/benchmarks/bench_*.py)); do \
+	for b in $(filter-out $(DETECTION) $(LONG),$(wildcard tests/benchmarks/bench_*.py)); do \
 		echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
 bench-detection: $(VENV)/.dev  ## what the README says of detection, against peers; data: OPCUA_DETECTOR_DATA

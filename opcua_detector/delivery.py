@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +19,7 @@ from .nodes import INSECURE, NO_SCORE, STATE_TEXTS, TOP, State
 
 EXPLAIN_AGAIN_NS = 1_000_000_000  # while an alert stands its explanation follows the situation this often
 SLOW_EVERY_NS = 1_000_000_000
+KEPT_ALERTS = 100  # explanations in memory; the store keeps all
 NOTHING_VALID = "Bad: no tag has a valid value"
 INSECURE_WORDS = " (INSECURE connection)"  # behind StateText: who looks at an HMI must see it without looking for it
 # Whoever reads one of these knows a silent detector from a healthy plant; who reads IsAnomaly alone does not.
@@ -56,7 +58,7 @@ class MonitorRun:
         self.bad = self.refused = ""
         self.cut_off: tuple[str, ...] = ()
         self.stepped_s = time.monotonic()
-        self.alerts: list[Explanation] = []
+        self.alerts: deque[Explanation] = deque(maxlen=KEPT_ALERTS)
         self.columns = np.zeros(0, np.int64)  # of the group's frame: the tags that the monitor looks at
         self._told_state = -1
         self._told_ns = self._explained_ns = 0

@@ -41,6 +41,7 @@ from ..frames import iso_utc
 from ..model import load as load_model
 from ..nodes import TOP
 from ..service import Service, check_nodes, retention_of
+from ..startup import set_apart_what_stays
 from ..store import Store
 from ..telemetry import Redactor, configure_logging
 from .doctor import open_sessions
@@ -351,6 +352,7 @@ def run(
 async def _run(config: Config, config_file: Path, only: Sequence[str], seconds: float, dry_run: bool) -> dict[str, Any]:
     service = Service(config, config_file, only=only, write=not dry_run)
     stop = stop_on_signals()
+    set_apart_what_stays()
     with err.status("starting") if err.is_terminal else nullcontext():
         await service.start()
     reloads: set[asyncio.Task[Any]] = set()

@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 from ..api import Frame, TagKind
 from ..config import GroupConfig
 from ..frames import FrameBuilder
+from ..kernels.stamps import wild_stamps
 from .session import Session
 from .subscription import Item, Revised, Subscription
 
 log = logging.getLogger(__name__)
 
 _LEAST_KEEP_ALIVE_S = 0.5
+_IDLE_WAIT_S = 0.05  # after a keep-alive, for samples that are on their way
 _JUMP_S = 1.0  # a source clock that moves by more than this against ours, all tags together, was set
 _SUSPICIONS = 3
+_LAST_NS = 2**63 - 1
 
 
 class SourceClock:
@@ -63,13 +66,11 @@ class SourceClock:
         newest_ns = int(source_ns.max()) - now_ns
         if self._ahead_ns is None:
             self._ahead_ns = newest_ns
-        last = self._last[column]
-        wild = (source_ns > self._ahead_ns + now_ns + self._tolerance_ns) | (source_ns < last - self._tolerance_ns)
-        n_wild = int(np.count_nonzero(wild))
+        most_ns = min(self._ahead_ns + now_ns + self._tolerance_ns, _LAST_NS)
+        n_wild = wild_stamps(self._last, column, source_ns, most_ns, self._tolerance_ns)
         if n_wild == 0:
             self._suspected = 0
             self._ahead_ns = max(self._ahead_ns, newest_ns)
-            self._last[column] = np.maximum(last, source_ns)
             return False, None
         if 2 * n_wild > len(column):
             self._suspected += 1
@@ -79,7 +80,7 @@ class SourceClock:
                 self._last[column] = source_ns
                 return True, None
         # A stamp that goes back is late, which the rule of time counts; one that is ahead would open a gap.
-        use = source_ns <= self._ahead_ns + now_ns + self._tolerance_ns
+        use = source_ns <= most_ns
         return False, None if use.all() else use
 
 
@@ -113,6 +114,7 @@ class GroupFeed:
         self.frame_errors = 0
         self.clock_jumps = 0
         self.ahead_of_clock = 0
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._on_frame = on_frame
         self._clock_ns = clock_ns
         self._newest_ns: int | None = None
@@ -153,6 +155,8 @@ class GroupFeed:
 
     async def stop(self) -> None:
         """Stop the rows."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         for subscription in self.subscriptions.values():
             subscription.session.detach(subscription)
 
@@ -240,15 +244,29 @@ class GroupFeed:
                         self.group.name,
                     )
 
-    def _idle(self) -> None:
-        """Close held rows when a server says that it lives and nothing has changed.
+    def _idle(self, told_ns: int) -> None:
+        """Close held rows soon when a server says that it lives and nothing has changed.
 
         By a keep-alive and not by a timer: a server that stalls says nothing, and its samples, late but
-        complete, must find their rows open.
+        complete, must find their rows open. Not by our clock alone: where our loop stood still, what came
+        meanwhile is read right after the keep-alive. And not at once: a server that wakes up may say that it
+        lives before it sends what waits.
+
+        told_ns : between the server's last message with values and its keep-alive, by its own clock
         """
         if self._newest_ns is None:
             return
-        silent_ns = self._clock_ns() - self._pushed_at_ns
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        wait_s = max(_IDLE_WAIT_S, 2e-9 * self.group.publishing_ns)
+        self._idle_timer = asyncio.get_running_loop().call_later(wait_s, self._close_idle, told_ns, self._pushed_at_ns)
+
+    def _close_idle(self, told_ns: int, pushed_at_ns: int) -> None:
+        """Close held rows, where no sample has come since the keep-alive."""
+        self._idle_timer = None
+        if self._newest_ns is None or self._pushed_at_ns != pushed_at_ns:
+            return
+        silent_ns = min(self._clock_ns() - self._pushed_at_ns, told_ns)
         # The source clock as it was at the last value, less the time a value may be under way.
         self.builder.advance(self._newest_ns + silent_ns - 2 * self.group.publishing_ns)
         self._drain()

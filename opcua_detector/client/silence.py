@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.stamps import note_heard
 from . import wire
 from .items import Item
 from .limits import in_batches
@@ -48,9 +49,7 @@ class Silence:
 
     def heard(self, column: NDArray[np.int32], value: NDArray[np.float64], status: NDArray[np.uint32]) -> None:
         """Take note of what was delivered."""
-        self._heard_ns[column] = self._clock_ns()
-        self._value[column] = value
-        self._status[column] = status
+        note_heard(self._heard_ns, self._value, self._status, column, value, status, self._clock_ns())
 
     async def lost(self, session: Session, items: Sequence[Item]) -> list[Item]:
         """Return those of the monitored items that the server does not report any more.

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 5.0
 LIFETIME_S = 60.0
+_UNTOLD_NS = 2**62
 SILENCE_MARGIN_S = 2.0  # beyond a keep-alive interval; then the connection counts as dead
 _RETRY_FIRST_S, _RETRY_LAST_S = 1.0, 30.0
 _ROOM_FIRST_S, _ROOM_LAST_S = 60.0, 600.0  # between two tries to monitor what is polled for lack of room
@@ -52,7 +53,8 @@ class Subscription:
         synchronously, once per notification
     on_lost : called when the connection or the subscription is gone: the next samples do not continue the
         last
-    on_idle : called on a keep-alive: the server lives and nothing has changed
+    on_idle : called on a keep-alive, with the ns since the last message with values by the server's clock: it lives
+        and nothing has changed
     keep_alive_s : how soon a server without news says that it lives, at most KEEP_ALIVE_S
     period_ns : of the rows; None: nothing is ever polled for being too slow
     poll : read once per period from the start
@@ -74,7 +76,7 @@ class Subscription:
         publishing_ns: int,
         on_samples: OnSamples,
         on_lost: Callable[[], None],
-        on_idle: Callable[[], None] | None = None,
+        on_idle: Callable[[int], None] | None = None,
         keep_alive_s: float | None = None,
         period_ns: int | None = None,
         poll: bool = False,
@@ -101,6 +103,7 @@ class Subscription:
             session, period_ns or publishing_ns, self._polled, clock_ns=clock_ns
         )
         self.last_heard_ns = 0
+        self._published_ns = 0  # PublishTime of the last message with values, by the server's clock
         self._publishing_ns = publishing_ns
         self._on_lost, self._on_idle = on_lost, on_idle
         self._keep_alive_s = KEEP_ALIVE_S if keep_alive_s is None else min(keep_alive_s, KEEP_ALIVE_S)
@@ -340,8 +343,10 @@ class Subscription:
         if answer.samples is None:
             self.counters["keep_alives"] += 1
             if self._on_idle is not None:
-                self._on_idle()
+                told = min(answer.publish_ns, self._published_ns) > 0  # a server may give no PublishTime
+                self._on_idle(answer.publish_ns - self._published_ns if told else _UNTOLD_NS)
             return
+        self._published_ns = answer.publish_ns
         self.counters["notifications"] += 1
         self._intake.published(answer.samples)
 

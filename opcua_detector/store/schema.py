@@ -188,7 +188,7 @@ def configure_writer(db: sqlite_utils.Database, synchronous: Synchronous) -> Non
     db.execute("PRAGMA journal_mode = WAL").fetchone()
     db.execute(f"PRAGMA synchronous = {synchronous.upper()}")
     db.execute("PRAGMA journal_size_limit = 16777216").fetchone()
-    db.execute("PRAGMA cache_size = -8000")
+    db.execute("PRAGMA cache_size = -2000")
 
 
 @contextmanager

@@ -12,9 +12,7 @@ within `PATIENCE_S`. The system is looked at through /proc, so this runs on Linu
 Flat memory is decided on the resident set after a warm-up of a third of the run, 20 minutes at most: within it every
 bounded ring has been filled once (the store's ring of 8192 rows in 82 s, the recent rows that feedback looks at, the
 65536 scoring times in 11 minutes), and each disturbance has come once, in a quicker pace, with the modules and buffers
-it needs for the first time. Two things that have a bound, which an hour at this rate does not reach, are kept from
-hiding a leak: the page cache of the database gets `PAGE_CACHE_KIB` in place of the product's 8000 (it would fill for
-two hours), and cyclic garbage is collected once a minute (Python by itself waits until it is a quarter of all).
+it needs for the first time. The settings are those of the product.
 
 From there on the median of the last third of the samples may lie at most `MOST_GROWN_MIB` above that of the first
 third, and the slope (Theil-Sen: the median over all pairs, which a burst does not move) may be `MOST_MIB_PER_H` at
@@ -71,8 +69,6 @@ from running import write  # noqa: E402
 
 PATIENCE_S = 60.0
 MOST_MIB_PER_H, MOST_GROWN_MIB = 2.0, 1.5
-PAGE_CACHE_KIB = 1000
-COLLECT_EVERY_S = 60.0
 LEAST_MEASURED_S = 15 * 60.0
 WARM_UP_S = 20 * 60.0
 EVERY_S = 5.0  # between two samples
@@ -103,11 +99,12 @@ async def serve(file: Path, trace: bool) -> None:
     """Run the service; a JSON line a second on stdout; "mark" on stdin remembers the memory, its end ends it."""
     from opcua_detector.config import load
     from opcua_detector.service import Service
+    from opcua_detector.startup import set_apart_what_stays
 
+    set_apart_what_stays()
     service = Service(load(file), file)
     await service.start()
     assert service.store is not None
-    service.store._writer.call(lambda db: db.execute(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}"), 30)
     if trace:
         tracemalloc.start(12)
     commands: asyncio.Queue[str] = asyncio.Queue()
@@ -123,7 +120,6 @@ async def serve(file: Path, trace: bool) -> None:
 
     listening = asyncio.create_task(listen(), name="soak")
     run = service.runs["lorenz"]
-    collected = time.monotonic()
     while True:
         with suppress(TimeoutError):
             command = await asyncio.wait_for(commands.get(), 1.0)
@@ -132,9 +128,6 @@ async def serve(file: Path, trace: bool) -> None:
             gc.collect()
             if trace:
                 marked = tracemalloc.take_snapshot()
-        if time.monotonic() - collected >= COLLECT_EVERY_S:
-            gc.collect()
-            collected = time.monotonic()
         session, feed = service.sessions["plant"], service.feeds["lorenz"]
         print(json.dumps({
             "scored": run.scored, "state": run.state, "link": session.state.value,

@@ -141,7 +141,7 @@ class Relay:
                 chunk = await message(there)
                 writer.write(chunk)
                 await writer.drain()
-                if self.hostile and chunk[:4] == b"MSGF" and len(chunk) > 200:
+                if self.hostile and chunk[:4] == b"MSGF":
                     await self._without_end(chunk, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -289,6 +290,29 @@ async def stopped_10_s(rig: Rig) -> None:
         rig.vendor.resume()
         rig.over()
     await rig.reconnected()
+
+
+async def stutters(rig: Rig) -> None:
+    """The server stands still for more than a keep-alive, again and again, while our loop is busy: late is not lost."""
+    rng = random.Random(0)
+
+    async def busy() -> None:
+        while True:
+            await asyncio.sleep(rng.uniform(0.0, 0.03))
+            time.sleep(rng.uniform(0.02, 0.08))
+
+    hiccups = asyncio.create_task(busy(), name="proxy: hiccups of our loop")
+    try:
+        for _ in range(20):
+            rig.vendor.pause()
+            try:
+                await asyncio.sleep(rng.uniform(0.5, 0.9))
+            finally:
+                rig.vendor.resume()
+            await asyncio.sleep(0.7)
+    finally:
+        hiccups.cancel()
+    rig.over()
 
 
 async def blackholed_10_s(rig: Rig) -> None:

@@ -25,6 +25,7 @@ SLOW = [
     Fault("killed and restarted", f.killed_and_restarted, OUTAGE),
     Fault("restarted with other namespaces", f.restarted_with_other_namespaces, OUTAGE),
     Fault("stopped 10 s", f.stopped_10_s, OUTAGE),
+    Fault("server stutters, own loop busy", f.stutters, still=("lost", "reconnects", "gaps", "held", "replaced")),
     Fault("blackholed 10 s", f.blackholed_10_s, OUTAGE),
     Fault("slow network", f.slow_network, ("write_superseded",), lost="results that a newer one overtook"),
     Fault("GoodOverload for 30 s", f.overload_30_s, ("overload",), still=("lost", "reconnects", "gaps"),
