@@ -114,6 +114,7 @@ class Alerting:
         run.explanation = done.result()
         if first:
             run.alerts.append(run.explanation)
+            run.alerts_told += 1
             log.warning("monitor %s: %s", run.config.name, run.explanation.sentence)
             for tag, without in run.explanation.counterfactual[:1]:
                 log.info("monitor %s: %s", run.config.name, counterfactual_sentence(tag, without, verdict.score))

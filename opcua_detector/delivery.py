@@ -59,6 +59,7 @@ class MonitorRun:
         self.cut_off: tuple[str, ...] = ()
         self.stepped_s = time.monotonic()
         self.alerts: deque[Explanation] = deque(maxlen=KEPT_ALERTS)
+        self.alerts_told = 0
         self.columns = np.zeros(0, np.int64)  # of the group's frame: the tags that the monitor looks at
         self._told_state = -1
         self._told_ns = self._explained_ns = 0

@@ -54,7 +54,7 @@ async def test_a_killed_and_restarted_server_is_a_gap_then_scores_again_and_no_a
             async with Observer(plant.endpoint) as observer:
                 await until(lambda: nodes_say(observer, State=State.NORMAL, IsAnomaly=False, Quality="Good"),
                             "the nodes to say that all is well again")
-            assert run.alerts == [] and run.monitor.verdict.event_no == 0
+            assert not run.alerts and run.monitor.verdict.event_no == 0
         with stored(file) as store:
             (alarm,) = store.events()  # of the connection, and none of the monitor
             assert alarm.monitor == "connection plant" and alarm.cleared_ns is not None
@@ -92,7 +92,7 @@ async def test_of_two_servers_either_may_die_and_the_other_one_tells_or_catches_
             async with Observer(results.endpoint) as observer:
                 await until(lambda: nodes_say(observer, State=State.NORMAL, StateText=insecure("normal"), Limit=1.0),
                             "results on the restarted server")
-            assert run.alerts == [] and service.feeds["lorenz"].counters()["gaps"] == gaps == 1
+            assert not run.alerts and service.feeds["lorenz"].counters()["gaps"] == gaps == 1
             untouched = await stopped_nodes(tags.endpoint)
         assert untouched == {"State": 0, "Heartbeat": 0}  # the tags' own server has such nodes too
 
@@ -212,7 +212,7 @@ async def test_a_tag_that_turns_bad_is_no_data_and_not_an_alert(plant: RunningPl
                 for name in ("x1", "x3"):
                     await quirk(plant.endpoint, name, "bad", 0.0)
             await scoring(run, 50)
-            assert run.alerts == []
+            assert not run.alerts
 
 
 async def quirk(endpoint: str, name: str, what: str, value: float) -> None:

@@ -188,7 +188,7 @@ async def test_our_own_loop_that_stood_still_is_counted_and_scores_go_on(
         time.sleep(2.0)
         await until(lambda: service.counters["loop_blocked"] > before, "the standstill to be counted")
         await scoring(run)
-        assert service.counters["silences"] == 0 and run.alerts == []
+        assert service.counters["silences"] == 0 and not run.alerts
         assert service.sessions["plant"].counters["lost"] == 0
         assert any("our own event loop stood still for " in one.getMessage() for one in caplog.records)
 
@@ -222,7 +222,7 @@ async def test_a_store_that_another_program_has_locked_stops_neither_scores_nor_
             other.execute("ROLLBACK")
             other.close()
         await until(lambda: store.committed_seq > committed and not store.last_error, "the store to be written again")
-        assert run.alerts == [] and store.counters.dropped_rows == store.counters.dropped_verdicts == 0
+        assert not run.alerts and store.counters.dropped_rows == store.counters.dropped_verdicts == 0
     with stored(file) as read:
         (recording,) = read.recordings()
         assert read.read_recording(recording.name).gap.sum() == 1  # nothing is missing
@@ -252,7 +252,7 @@ async def test_a_full_disk_stops_neither_scores_nor_results_and_what_is_dropped_
         await until(lambda: store.committed_seq > committed and not store.last_error, "the store to be written again")
         dropped = store.counters.dropped_rows
         await scoring(run)
-        assert store.counters.dropped_rows == dropped and run.alerts == []
+        assert store.counters.dropped_rows == dropped and not run.alerts
     with stored(file) as read:
         (recording,) = read.recordings()
         assert read.read_recording(recording.name).gap.sum() >= 2  # the rows that were dropped are a gap

@@ -96,7 +96,7 @@ async def test_fifty_monitors_on_one_connection_that_is_cut_are_one_alarm_and_re
             await asyncio.gather(*(scoring(run, 200) for run in service.runs.values()))
             await until(lambda: not service.connections.alarms["plant"].active, "the alarm to return to normal")
             await until(lambda: nodes_say(observer, State=State.NORMAL, Quality="Good"), "all well in the nodes")
-            assert all(run.alerts == [] and run.monitor.verdict.event_no == 0 for run in service.runs.values())
+            assert all(not run.alerts and run.monitor.verdict.event_no == 0 for run in service.runs.values())
     raised = [one.getMessage() for one in caplog.records if "raised" in one.getMessage()]
     assert len(raised) == 1 and "50 monitors have no data" in raised[0]
     with stored(file) as store:
@@ -181,7 +181,7 @@ async def test_a_gap_of_a_group_on_two_servers_is_filled_from_both_histories(pla
             proxy.heal()
             await scoring(run)
             await until(lambda: filler.counters["gaps_filled"] >= 1, f"the gap to be filled: {filler.counters}")
-            assert filler.counters["gaps_left"] == 0 and run.alerts == []
+            assert filler.counters["gaps_left"] == 0 and not run.alerts
             assert service.store is not None
             (filled,) = [one for one in service.store.recordings() if one.note.startswith("backfill")]
             record = await asyncio.to_thread(service.store.read_recording, filled.name)

@@ -59,7 +59,7 @@ async def test_a_damaged_or_foreign_model_at_a_reload_leaves_the_last_good_one_i
         assert service.runs["lorenz"].monitor.model.model_id == changed.model_id != model_id
         assert run.quality == "Good"
         await scoring(run, 50)
-        assert run.alerts == []
+        assert not run.alerts
     assert sum("the one before stays in force" in one.getMessage() for one in caplog.records) == 5
     with stored(file) as store:
         assert store.audit("model reloaded")[0].detail["before"] == model_id
@@ -88,7 +88,7 @@ async def test_a_configuration_that_is_broken_at_a_reload_is_told_and_changes_no
         file.write_text(good)
         assert await service.reload() == {"lorenz": same}
         await scoring(run, 50)
-        assert service.counters["configs_refused"] == 3 and run.alerts == []
+        assert service.counters["configs_refused"] == 3 and not run.alerts
     refused = [one.getMessage() for one in caplog.records if "would not start again" in one.getMessage()]
     assert len(refused) == 3 and all("next step: " in one for one in refused)
     assert "period" in refused[0]

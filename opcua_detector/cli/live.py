@@ -26,7 +26,7 @@ def run_view(service: Service, seconds: float) -> Group:
     rows = [[name, Text(run.state_text, _STYLE.get(run.state, "")), _number(run.monitor.verdict.score, 3),
              *(_number(r, 3) for r in (run.monitor.verdict.r_trans, run.monitor.verdict.r_bound,
                                        run.monitor.verdict.r_conf)),
-             len(run.alerts), _number(run.latency_ms, 1), run.quality]
+             run.alerts_told, _number(run.latency_ms, 1), run.quality]
             for name, run in service.runs.items()]
     parts.append(table("", ["monitor", "state", "score", "r_trans", "r_bound", "r_conf", "alerts", "latency ms",
                             "quality"], rows))
