@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from opcua_detector import config as configuration
+from opcua_detector.absence import Absence
 from opcua_detector.alarms import AlertState
 from opcua_detector.api import Float64, Method, Record, Tag
 from opcua_detector.app import group_tags, methods_of, only_nonlinear, registry_of
@@ -89,9 +90,15 @@ class DemoMonitor:
         columns = self.model.plan.prepare(record.select([tag.name for tag in self.model.tags]))
         return [method.residuals(columns) for method in self.methods]
 
+    def less_absence(self, record: Record, residual: Float64) -> Float64:
+        """Return residuals float64[n, n_channels] less what missing tags add to them."""
+        absence = Absence.of(self.model.calibration, self.methods)
+        columns = self.model.plan.prepare(record.select([tag.name for tag in self.model.tags]))
+        return residual if absence is None else absence.rows(columns, residual)
+
     def judge(self, record: Record) -> Judged:
         """Judge a record by the array calls: residuals, scores, alert."""
-        residual = np.concatenate(self.residuals(record), axis=1)
+        residual = self.less_absence(record, np.concatenate(self.residuals(record), axis=1))
         out = self.model.calibration.score_rows(residual, record.gap, np.zeros(len(record), np.int64))
         state, raised, cleared = AlertState(self.alert.on_delay_ns, self.alert.off_delay_ns), [], []
         for k, (score, now) in enumerate(zip(out[:, 0].tolist(), record.source_ns.tolist(), strict=True)):
