@@ -87,7 +87,7 @@ async def test_a_limit_of_items_that_is_told_makes_more_subscriptions(
 ) -> None:
     await own_node.do("max_items", n=1)
     # What two subscriptions tell of one row comes in two notifications.
-    async with rigged(own_node, folder, group={"sampling": "0 ms", "lateness": "100 ms"}) as rig:
+    async with rigged(own_node, folder, group={"sampling": "0 ms", "lateness": "300 ms"}) as rig:
         await rig.strike_begins()
         await own_node.disturb("delete_subscriptions")
         await until(lambda: rig.grown("rebuilt") + rig.grown("reconnects") > 0, "new subscriptions")
