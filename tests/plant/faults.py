@@ -34,7 +34,6 @@ class Fault:
     counted : counters of session, feed or write-back that must have grown
     still : counters that must not have grown
     changes : to the configuration
-    fails : why the product does not survive it yet; a strict xfail
     long : left out of the tests that everybody runs, where another fault is much like it
     seen : words for what a user sees of it beside State, Quality and the alarm of the connection, which are recorded
     lost : words for what is lost, where the counters do not say it all
@@ -45,7 +44,6 @@ class Fault:
     counted: tuple[str, ...] = ()
     still: tuple[str, ...] = ()
     changes: dict[str, Any] = field(default_factory=dict)
-    fails: str = ""
     long: bool = False
     seen: str = ""
     lost: str = ""
@@ -420,13 +418,9 @@ STORE = [
 
 
 def survives(faults: Sequence[Fault]) -> pytest.MarkDecorator:
-    """Parametrise a test by faults.
-
-    One that the product does not survive yet waits in vain, which takes its time: it is left to the long run of tests.
-    """
+    """Parametrise a test by faults; one that takes its time is left to the long run of tests."""
     def marks(fault: Fault) -> list[pytest.MarkDecorator]:
-        found = [pytest.mark.xfail(reason=fault.fails, strict=True)] if fault.fails else []
-        return [*found, pytest.mark.plant] if fault.fails or fault.long else found
+        return [pytest.mark.plant] if fault.long else []
 
     return pytest.mark.parametrize("fault", [pytest.param(one, id=one.name, marks=marks(one)) for one in faults])
 
