@@ -120,7 +120,7 @@ class FrameBuilder:
         self._status = np.zeros((rows, n), np.uint32)
         self._per_tag, self._ring = per_tag, ring
         self._inner = (state, per_tag, np.zeros((2, n)), ring, np.zeros((slots, n)))
-        self._boot = (np.zeros((3, kept), np.int64), np.zeros(kept))
+        self._boot = (np.zeros((4, kept), np.int64), np.zeros(kept))
         self._outer = (self._out, self._values, self._valid, self._status, self.counts)
         # After a loss rows are closed one by one, so that what one of them has counted is known.
         self._one = (

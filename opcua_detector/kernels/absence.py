@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba import njit
 from numpy.typing import NDArray
+
+from .jit import kernel
 
 Array = NDArray[Any]
 
 
-@njit("void(u1[::1], u1[::1], f8[::1], i8, f8[::1], i8[::1])", cache=True, nogil=True, error_model="numpy")
+@kernel("void(u1[::1], u1[::1], f8[::1], i8, f8[::1], i8[::1])", cache=True, nogil=True, error_model="numpy")
 def lower_absent(valid: Array, gap: Array, residual: Array, hold: int, table: Array, left: Array) -> None:
     """Divide residuals, in place, by what they grow while columns are not valid.
 

@@ -21,11 +21,13 @@ from numba import njit
 
 from opcua_detector.kernels.transition import SUM_FLAGS, Array
 
+from .jit import kernel
+
 MOST_PAST: Final = 32
 """Cost and memory of a ridge grow with the square of its inputs: a long transition must not blow it up."""
 
 
-@njit("void(f8[:, ::1], i4[::1], i8, i8, i8, f8[::1])", cache=True, nogil=True)
+@kernel("void(f8[:, ::1], i4[::1], i8, i8, i8, f8[::1])", cache=True, nogil=True)
 def design_row(scaled: Array, partners: Array, own: int, step: int, t: int, x: Array) -> None:
     """Write the inputs at t, then the target s_t, into x.
 
@@ -43,7 +45,7 @@ def design_row(scaled: Array, partners: Array, own: int, step: int, t: int, x: A
     x[n_seen + n_past] = scaled[own, t]
 
 
-@njit("void(f8[::1], f8[:, ::1])", cache=True, nogil=True, fastmath=SUM_FLAGS)
+@kernel("void(f8[::1], f8[:, ::1])", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def add_products(x: Array, gram: Array) -> None:
     """Add x x' to the lower triangle of gram; float64[d + 1] and float64[d + 1, d + 1], target last."""
     for a in range(x.size):
@@ -72,7 +74,7 @@ def sum_products(
         total += grams[row]
 
 
-@njit("void(f8[:, ::1], f8[::1], f8, f8[:, ::1], f8[::1])", cache=True, nogil=True, fastmath=SUM_FLAGS)
+@kernel("void(f8[:, ::1], f8[::1], f8, f8[:, ::1], f8[::1])", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def solve_map(gram: Array, prior: Array, ridge: float, room: Array, out: Array) -> None:
     """Write prior + (A + ridge I)^-1 (b - A prior) into out, by Cholesky.
 
@@ -117,7 +119,7 @@ def solve_map(gram: Array, prior: Array, ridge: float, room: Array, out: Array) 
         out[a] += prior[a]
 
 
-@njit("f8(f8[::1], f8[::1])", cache=True, nogil=True, fastmath=SUM_FLAGS)
+@kernel("f8(f8[::1], f8[::1])", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def error_of(x: Array, coefficients: Array) -> float:
     """Return target less prediction; x as `design_row` writes it, coefficients float64[d]."""
     predicted = 0.0
@@ -182,7 +184,7 @@ def hold_out(
     logs /= max(count, 1)
 
 
-@njit("void(f8[::1], i4[::1], i8, i8, f8[::1])", cache=True, nogil=True)
+@kernel("void(f8[::1], i4[::1], i8, i8, f8[::1])", cache=True, nogil=True)
 def hand_out(inside: Array, partners: Array, own: int, step: int, out: Array) -> None:
     """Write a map of the inputs of `design_row` as a map of the extended vector and a constant.
 

@@ -24,8 +24,9 @@ import math
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from .jit import kernel
 
 Array = NDArray[Any]
 
@@ -33,7 +34,7 @@ HEADER: Final = 5
 GROUP: Final = 4
 
 
-@njit(
+@kernel(
     "void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1])",
     cache=True, nogil=True,
 )

@@ -12,8 +12,10 @@ from numba import njit
 
 from opcua_detector.kernels.transition import SMALLEST_NORM, SUM_FLAGS, Array, map_residual
 
+from .jit import kernel
 
-@njit("f8(f4[:, ::1], i8, i8)", cache=True, fastmath=SUM_FLAGS)
+
+@kernel("f8(f4[:, ::1], i8, i8)", cache=True, fastmath=SUM_FLAGS)
 def row_dot(unit: Array, a: int, b: int) -> float:
     """Return the inner product of the rows a and b of float32[n, n_e]."""
     total = 0.0
@@ -22,7 +24,7 @@ def row_dot(unit: Array, a: int, b: int) -> float:
     return total
 
 
-@njit("i8(f4[:, ::1], i8, i8, f8, i8, b1, b1, f8[::1], i4[::1])", cache=True, nogil=True)
+@kernel("i8(f4[:, ::1], i8, i8, f8, i8, b1, b1, f8[::1], i4[::1])", cache=True, nogil=True)
 def reduce_vectors(
     unit: Array, n: int, given: int, eta: float, most: int, farthest: bool, absolute: bool, best: Array,
     kept: Array,
@@ -80,7 +82,7 @@ def reduce_vectors(
         chosen = following
 
 
-@njit("i8(f8[:, ::1], i4[::1], i8, i8, i8[::1], i8, i8, f8[:, ::1], i8, f4[:, ::1])", cache=True, nogil=True)
+@kernel("i8(f8[:, ::1], i4[::1], i8, i8, i8[::1], i8, i8, f8[:, ::1], i8, f4[:, ::1])", cache=True, nogil=True)
 def learn_bounds(
     scaled: Array, partners: Array, own: int, step: int, order: Array, first: int, last: int, bounds: Array,
     row: int, unit: Array,
@@ -130,7 +132,7 @@ def learn_bounds(
     return count
 
 
-@njit("i8(f8[:, ::1], i4[::1], i8, i8, i8[::1], i8[::1], f8, i8, b1, b1, f8[:, ::1], f4[:, ::1], f8[::1],"
+@kernel("i8(f8[:, ::1], i4[::1], i8, i8, i8[::1], i8[::1], f8, i8, b1, b1, f8[:, ::1], f4[:, ::1], f8[::1],"
       " i4[::1], f4[:, ::1], i8[::1], f4[::1])", cache=True, nogil=True)
 def learn_sensor(
     scaled: Array, partners: Array, own: int, step: int, order: Array, starts: Array, eta: float, most: int,
@@ -176,7 +178,7 @@ def learn_sensor(
     return n_v
 
 
-@njit("f8(f4[:, ::1], i8, i8)", cache=True, nogil=True)
+@kernel("f8(f4[:, ::1], i8, i8)", cache=True, nogil=True)
 def lowest_correlation(unit: Array, n_kept: int, n: int) -> float:
     """Return the lowest, over the rows [n_kept, n), of the largest signed correlation with the first n_kept rows.
 
@@ -191,7 +193,7 @@ def lowest_correlation(unit: Array, n_kept: int, n: int) -> float:
     return lowest
 
 
-@njit("i8(i4[::1], i8, i8)", cache=True, nogil=True)
+@kernel("i8(i4[::1], i8, i8)", cache=True, nogil=True)
 def nearest_code(table: Array, levels: int, code: int) -> int:
     """Return the code of the seen transition nearest to `code` by L1 on (before, after), the lowest one of equals.
 
@@ -208,7 +210,7 @@ def nearest_code(table: Array, levels: int, code: int) -> int:
     return nearest
 
 
-@njit("void(f8[::1], f8, f8[::1], f8[:, ::1], f8[::1], f8[::1], i8, u1[:, ::1])", cache=True, nogil=True)
+@kernel("void(f8[::1], f8, f8[::1], f8[:, ::1], f8[::1], f8[::1], i8, u1[:, ::1])", cache=True, nogil=True)
 def adapt_map(
     w: Array, x: float, one_map: Array, spread: Array, limit: Array, slack: Array, row: int, changed: Array
 ) -> None:

@@ -17,12 +17,14 @@ from typing import Final
 import numpy as np
 from numba import njit
 
+from .jit import kernel
+
 TABLE: Final = 7
 STATE: Final = 3
 MOST: Final = 1e6  # of a residual, so that sums over rows stay finite
 
 
-@njit("void(float64[::1])", cache=True, nogil=True)
+@kernel("void(float64[::1])", cache=True, nogil=True)
 def forget(state):
     """Forget all rows: NaN stands for "no value yet"."""
     for k in range(0, state.shape[0], STATE):
@@ -31,7 +33,7 @@ def forget(state):
         state[k + 2] = 0.0
 
 
-@njit("void(float64[::1], uint8[::1], int64[::1], float64[::1], float64[::1], float64[::1])", cache=True, nogil=True)
+@kernel("void(float64[::1], uint8[::1], int64[::1], float64[::1], float64[::1], float64[::1])", cache=True, nogil=True)
 def check(values, valid, ints, tables, state, residual):
     """Take one row, float64[n_columns] and uint8[n_columns]; write `residual` float64[n_channels], NaN where masked.
 
@@ -75,7 +77,7 @@ def check(values, valid, ints, tables, state, residual):
         state[s + 1] = 0.0
 
 
-@njit(
+@kernel(
     "void(float64[:, ::1], uint8[:, ::1], uint8[::1], int64[::1], float64[::1], float64[::1], float64[:, ::1])",
     cache=True, nogil=True,
 )
@@ -130,7 +132,7 @@ def extremes(values, valid, gap, fold):
     return out
 
 
-@njit("int64(float64[::1], float64, float64)", cache=True, nogil=True)
+@kernel("int64(float64[::1], float64, float64)", cache=True, nogil=True)
 def excursions(x, low, high):
     """Return how often float64[n] goes from at most `low` to at least `high` or back; NaN is passed over."""
     side, count = 0, 0

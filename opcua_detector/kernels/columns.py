@@ -7,10 +7,12 @@ import math
 import numpy as np
 from numba import njit
 
+from .jit import kernel
+
 SAME, DIFFERENCE, SINE, COSINE = 0, 1, 2, 3
 
 
-@njit(
+@kernel(
     "void(float64[::1], uint8[::1], int64[::1], int64[::1], float64[::1], boolean, float64[::1], uint8[::1],"
     " float64[::1], uint8[::1])",
     cache=True,

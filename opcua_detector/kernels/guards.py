@@ -28,7 +28,8 @@ import math
 from typing import Final
 
 import numpy as np
-from numba import njit
+
+from .jit import kernel
 
 TABLE: Final = 14
 SCALE: Final = 3
@@ -48,7 +49,7 @@ BLOCKS_THAT_AGREE: Final = 2
 CHANGED, AS_LEARNT, STILL = 1, 2, 4  # what a row tells, added up: see `guard_row`
 
 
-@njit("void(float64[::1], int64)", cache=True)
+@kernel("void(float64[::1], int64)", cache=True)
 def _new_block(state, s):
     for k in range(ROWS, STEPS + 1):
         state[s + k] = 0.0
@@ -56,7 +57,7 @@ def _new_block(state, s):
     state[s + HIGHEST] = -np.inf
 
 
-@njit("void(float64[::1])", cache=True)
+@kernel("void(float64[::1])", cache=True)
 def begin(state):
     """Forget everything, masks too."""
     state[:] = 0.0
@@ -65,7 +66,7 @@ def begin(state):
         state[s + LAST] = np.nan
 
 
-@njit("int64(int64)", cache=True)
+@kernel("int64(int64)", cache=True)
 def _bits(x):
     count = 0
     while x:
@@ -74,7 +75,7 @@ def _bits(x):
     return count
 
 
-@njit("UniTuple(float64, 2)(float64, float64, float64, float64, float64)", cache=True)
+@kernel("UniTuple(float64, 2)(float64, float64, float64, float64, float64)", cache=True)
 def common_step(a, of_a, b, of_b, least):
     """Return (the greatest common step of two distances, how true it is); (0, 0) where it is below `least`.
 
@@ -93,7 +94,7 @@ def common_step(a, of_a, b, of_b, least):
     return 0.0, 0.0
 
 
-@njit("UniTuple(float64, 3)(float64, float64, float64, float64, float64)", cache=True)
+@kernel("UniTuple(float64, 3)(float64, float64, float64, float64, float64)", cache=True)
 def join(g, of_g, apart, rounding, least):
     """Take one more distance into a common step: (step, how true it is, 1 where the distance lay on it).
 
@@ -113,7 +114,7 @@ def join(g, of_g, apart, rounding, least):
     return g, of_g, 0.0
 
 
-@njit("void(float64, float64[::1], int64, float64[::1], int64)", cache=True)
+@kernel("void(float64, float64[::1], int64, float64[::1], int64)", cache=True)
 def _resolution(x, tables, t, state, s):
     """Take a change to x into the common step of the tag; set or end its mask."""
     last = state[s + LAST]
@@ -154,7 +155,7 @@ def _resolution(x, tables, t, state, s):
             state[s + FINE] = 0.0
 
 
-@njit("boolean(float64[::1], int64, float64, float64, float64, float64, float64, float64, float64, float64, float64)",
+@kernel("boolean(float64[::1], int64, float64, float64, float64, float64, float64, float64, float64, float64, float64)",
       cache=True)
 def _explains(tables, t, factor, offset, mean, spread, step, lowest, highest, within, margin):
     """Return whether a block, brought back by y = factor x + offset, is like the healthy ones."""
@@ -168,7 +169,7 @@ def _explains(tables, t, factor, offset, mean, spread, step, lowest, highest, wi
     )
 
 
-@njit("void(int64[::1], float64[::1], int64, float64[::1], int64)", cache=True)
+@kernel("void(int64[::1], float64[::1], int64, float64[::1], int64)", cache=True)
 def _scale(ints, tables, t, state, s):
     """Judge a whole block: as learnt, explained by a scale, or neither (which is for the methods to judge)."""
     rows = state[s + ROWS]
@@ -202,7 +203,7 @@ def _scale(ints, tables, t, state, s):
         state[s + SCALE_MASK] = float(found)
 
 
-@njit("int64(float64[::1], uint8[::1], boolean, int64[::1], float64[::1], float64[::1], uint8[::1])", cache=True)
+@kernel("int64(float64[::1], uint8[::1], boolean, int64[::1], float64[::1], float64[::1], uint8[::1])", cache=True)
 def guard_row(values, valid, gap, ints, tables, state, out_valid):
     """Take one row; write `out_valid` uint8[n]: `valid` less the masked tags.
 
@@ -210,7 +211,8 @@ def guard_row(values, valid, gap, ints, tables, state, out_valid):
     one ended, STILL where a tag was masked for standing still, or no longer is. On a row with CHANGED all methods
     start anew, and so do the runs: the checks, which must tell of a tag that stands still, have forgotten theirs.
     """
-    out_valid[:] = valid
+    for c in range(valid.shape[0]):
+        out_valid[c] = valid[c]
     told = 0
     n = ints[0]
     for i in range(n):
@@ -265,7 +267,7 @@ def guard_row(values, valid, gap, ints, tables, state, out_valid):
     return told
 
 
-@njit(
+@kernel(
     "void(float64[:, ::1], uint8[:, ::1], uint8[::1], int64[::1], float64[::1], float64[::1], uint8[:, ::1],"
     " uint8[::1])",
     cache=True,
@@ -276,7 +278,7 @@ def guard_rows(values, valid, gap, ints, tables, state, out_valid, told):
         told[k] = guard_row(values[k], valid[k], gap[k] != 0, ints, tables, state, out_valid[k])
 
 
-@njit("float64(float64[::1])", cache=True)
+@kernel("float64(float64[::1])", cache=True)
 def least_step(x):
     """Return the greatest common step of all changes in float64[n], 0 where none can be told from their rounding."""
     g, of_g = 0.0, 0.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from numba import njit
+from .jit import kernel
 
 
-@njit("boolean(uint8[::1], int64[::1])", cache=True, nogil=True)
+@kernel("boolean(uint8[::1], int64[::1])", cache=True, nogil=True)
 def all_valid(valid, at):
     """Return whether the entries `at` int64[k] of valid uint8[n] are all not 0; numpy takes 1 us to say so."""
     good = 0

@@ -11,13 +11,15 @@ import math
 import numpy as np
 from numba import njit
 
+from .jit import kernel
+
 CHANGE, RISING, FALLING = 0, 1, 2  # what of the trigger begins a part
 END, BEGIN, BROKEN = 1, 2, 4  # bits of `watch`
 KNOWN, LAST, MISSING = 0, 1, 2  # layout of the trigger's state, float64[3]
 BIN_SHARE, PHASE_SHARE, WHOLE_SHARE = 0.5, 0.8, 0.9  # valid rows without which a mean is not that of its stretch
 
 
-@njit("int64(float64, boolean, int64, boolean, int64, float64[::1])", cache=True)
+@kernel("int64(float64, boolean, int64, boolean, int64, float64[::1])", cache=True)
 def watch(value, ok, mode, back, tolerance, state):
     """Take the trigger of one row; return bits: END (the running part ended before this row), BEGIN, BROKEN.
 
@@ -67,7 +69,7 @@ def watch_rows(values, valid, gap, mode, back, tolerance, codes, silent):
         silent[t] = 1 if state[MISSING] > tolerance else 0
 
 
-@njit(
+@kernel(
     "boolean(float64[::1], uint8[::1], int64, float64, float64[::1], int64[::1], float64[:, ::1])",
     cache=True,
 )
@@ -109,7 +111,7 @@ def run_rows(values, valid, width, means):
         run_row(values[t], valid[t], t, width, sums, counts, means)
 
 
-@njit(
+@kernel(
     "void(float64[:, ::1], float64[:, ::1], float64[:, ::1], int64[::1], int64, int64, float64[:, ::1],"
     " int64[:, ::1])",
     cache=True,
@@ -131,7 +133,7 @@ def depart(features, center, spread, kind, start, stop, worst, where):
                 where[k, c] = r
 
 
-@njit(
+@kernel(
     "void(float64[:, ::1], uint8[:, ::1], int64, int64, int64, float64, float64[:, ::1], int64)",
     cache=True,
 )
@@ -153,7 +155,7 @@ def _stretches(values, valid, n, c, pieces, share, features, first):
                 count += 1
 
 
-@njit(
+@kernel(
     "void(float64[:, ::1], uint8[:, ::1], int64, int64, int64, int64, float64[:, ::1])",
     cache=True,
 )
@@ -193,7 +195,7 @@ def part_features(values, valid, n, first, n_bins, n_phases, features):
         features[whole + 2, c] = math.sqrt(step / steps) if steps > 0 else np.nan
 
 
-@njit(
+@kernel(
     "void(float64[:, ::1], uint8[:, ::1], int64, float64, float64[:, ::1], float64[:, ::1], float64[::1],"
     " float64[::1])",
     cache=True,
@@ -222,7 +224,7 @@ def stretched(values, valid, n, total, center, spread, limit, away):
             rows += 1
 
 
-@njit("float64(float64[::1], float64)", cache=True)
+@kernel("float64(float64[::1], float64)", cache=True)
 def _quantile(ordered, q):
     """Return the q quantile of an ordered float64[n], linear between neighbours."""
     at = q * (ordered.shape[0] - 1)

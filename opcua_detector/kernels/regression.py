@@ -31,8 +31,9 @@ import math
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from .jit import kernel
 
 Array = NDArray[Any]
 
@@ -46,7 +47,7 @@ SUM_FLAGS: Final = {"reassoc", "contract", "nsz"}
 """Sums may be reordered for SIMD; NaN and infinity keep their meaning."""
 
 
-@njit("f8(f8[::1], i8, f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
+@kernel("f8(f8[::1], i8, f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def dot(x: Array, at_x: int, w: Array, at_w: int, n: int) -> float:
     """Return the inner product of `n` entries: x float64 from `at_x`, w float64 from `at_w`.
 
@@ -60,7 +61,8 @@ def dot(x: Array, at_x: int, w: Array, at_w: int, n: int) -> float:
     return total
 
 
-@njit("void(f8[::1], i8, f8[::1], i8, i8, i8, i8)", cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@kernel("void(f8[::1], i8, f8[::1], i8, i8, i8, i8)", cache=True, nogil=True, fastmath={"contract"},
+        error_model="numpy")
 def features(floats: Array, at: int, state: Array, inputs: int, out: int, h: int, p: int) -> None:
     """Write h random features and their p inputs, then 1, at state[out].
 
@@ -75,7 +77,8 @@ def features(floats: Array, at: int, state: Array, inputs: int, out: int, h: int
     simulated processes it forecasts as well as tanh.
     """
     sums, past = state[out : out + h], state[inputs : inputs + p]
-    sums[:] = floats[at + p * h : at + p * h + h]
+    for k in range(h):
+        sums[k] = floats[at + p * h + k]
     for q in range(p):
         x = past[q]
         row = floats[at + q * h : at + q * h + h]
@@ -83,17 +86,18 @@ def features(floats: Array, at: int, state: Array, inputs: int, out: int, h: int
             sums[k] += x * row[k]
     for k in range(h):
         sums[k] = sums[k] / math.sqrt(1.0 + sums[k] * sums[k])
-    state[out + h : out + h + p] = past
+    for q in range(p):
+        state[out + h + q] = past[q]
     state[out + h + p] = 1.0
 
 
-@njit("i8(i8[::1])", cache=True, nogil=True)
+@kernel("i8(i8[::1])", cache=True, nogil=True)
 def ring_at(ints: Array) -> int:
     """Return where the ring of scaled values begins in the state; ints int64[:], packed."""
     return STATE_HEADER + ints[4] + 1 + 2 * ints[0]
 
 
-@njit("void(f8[::1], u1[::1], i8, i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("void(f8[::1], u1[::1], i8, i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
 def push_row(values: Array, valid: Array, at: int, ints: Array, floats: Array, state: Array) -> None:
     """Take one row into the ring, scaled; a value that is not valid or not finite holds its last input for now.
 
@@ -143,7 +147,7 @@ def push_row(values: Array, valid: Array, at: int, ints: Array, floats: Array, s
     state[2] += state[rows_at + slot]
 
 
-@njit("i8(i8, i8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("i8(i8, i8[::1], f8[::1])", cache=True, nogil=True)
 def inputs_of(c: int, ints: Array, state: Array) -> int:
     """Return where the inputs of column c lie in the state: rows t - lags ... t of the columns it sees.
 
@@ -165,7 +169,7 @@ def inputs_of(c: int, ints: Array, state: Array) -> int:
     return out
 
 
-@njit("b1(i8, i8, i8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("b1(i8, i8, i8[::1], f8[::1])", cache=True, nogil=True)
 def known(c: int, kind: int, ints: Array, state: Array) -> bool:
     """Say whether column c, valid now, can be judged; kind 0 = forecast, 1 = relation.
 
@@ -212,7 +216,7 @@ def known(c: int, kind: int, ints: Array, state: Array) -> bool:
     return 2.0 * bad <= total
 
 
-@njit("f8(i8, i8, i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("f8(i8, i8, i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
 def relation_of(c: int, x: int, ints: Array, floats: Array, state: Array) -> float:
     """Return value less reconstruction of column c (scaled) at the newest row; its inputs lie at state[x]."""
     d, n = ints[0], (ints[3] + 1) * ints[2]
@@ -220,7 +224,7 @@ def relation_of(c: int, x: int, ints: Array, floats: Array, state: Array) -> flo
     return dot(state, x, floats, at, n)
 
 
-@njit("b1(i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("b1(i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
 def make_features(ints: Array, floats: Array, state: Array) -> bool:
     """Write the features of the newest row; False where no column uses them, or the past is too short."""
     d, inert, m, lags, h, p, f = ints[0], ints[1], ints[2], ints[3], ints[5], ints[6], ints[7]
@@ -235,7 +239,7 @@ def make_features(ints: Array, floats: Array, state: Array) -> bool:
     return True
 
 
-@njit("f8(i8, i8, b1, i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("f8(i8, i8, b1, i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
 def forecast_of(c: int, x: int, wide: bool, ints: Array, floats: Array, state: Array) -> float:
     """Return the forecast (scaled) of the judged column c for the newest row; its inputs lie at state[x].
 
@@ -254,7 +258,7 @@ def forecast_of(c: int, x: int, wide: bool, ints: Array, floats: Array, state: A
     return dot(state, features_at, floats, at, h + p + 1)
 
 
-@njit("void(b1, i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("void(b1, i8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
 def fill_in(wide: bool, ints: Array, floats: Array, state: Array) -> None:
     """Put an estimate in place of each value of the newest row that is not valid (see the module's docstring)."""
     d, inert, lags, length = ints[0], ints[1], ints[3], ints[4] + 1
@@ -280,7 +284,7 @@ def fill_in(wide: bool, ints: Array, floats: Array, state: Array) -> None:
             state[here + length * d + c] = z
 
 
-@njit("void(i8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("void(i8[::1], f8[::1])", cache=True, nogil=True)
 def forget(ints: Array, state: Array) -> None:
     """Empty the memory, as at the start and after a gap; ints int64[:], state float64[:], packed."""
     length = ints[4] + 1
@@ -292,7 +296,7 @@ def forget(ints: Array, state: Array) -> None:
         state[k] = 0.0
 
 
-@njit("void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
+@kernel("void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], f8[::1], f8[::1])", cache=True, nogil=True)
 def score_rows(
     values: Array, valid: Array, gap: Array, ints: Array, floats: Array, state: Array, out: Array,
 ) -> None:
@@ -343,7 +347,7 @@ def score_rows(
             out[at + judged + i] = aside
 
 
-@njit("void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], f8[::1], i8, f8[::1])", cache=True, nogil=True)
+@kernel("void(f8[::1], u1[::1], u1[::1], i8[::1], f8[::1], f8[::1], i8, f8[::1])", cache=True, nogil=True)
 def follow_rows(
     values: Array, valid: Array, gap: Array, ints: Array, floats: Array, state: Array, column: int, out: Array,
 ) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from numba import njit
+from .jit import kernel
 
 
-@njit("void(float64[:, ::1], int64[::1], float64, float64[:, ::1])", cache=True)
+@kernel("void(float64[:, ::1], int64[::1], float64, float64[:, ::1])", cache=True)
 def ridged(total, entries, ridge, out):
     """Write the upper triangle of total[entries, entries] + ridge I into float64[k, k]; the lower one is left.
 
@@ -20,7 +20,7 @@ def ridged(total, entries, ridge, out):
         out[i, i] += ridge
 
 
-@njit("void(float64[:, ::1], float64[::1])", cache=True)
+@kernel("void(float64[:, ::1], float64[::1])", cache=True)
 def last_on_others(factor, weights):
     """Write float64[k - 1]: the regression of the last entry on all others, from the Cholesky factor float64[k, k].
 

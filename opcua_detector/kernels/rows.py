@@ -10,8 +10,9 @@ Slot of a sample: the grid row whose window (g - P/2, g + P/2] holds its stamp.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from .jit import kernel
 
 # scalar state, int64[N_SCALARS]
 (
@@ -117,21 +118,21 @@ OUT_OF_RANGE = 0x803C0000  # BadOutOfRange: NaN or infinite
 OVERFLOW_BITS = 0x480  # InfoType DataValue (bit 10) with the Overflow bit (bit 7)
 
 
-@numba.njit(inline="always")
+@kernel
 def _slot(st, stamp):
     """Row whose window (g - P/2, g + P/2] holds the stamp; half is rounded down for an odd period."""
     period = st[PERIOD]
     return (stamp - st[ANCHOR] + period - period // 2 - 1) // period
 
 
-@numba.njit(inline="always")
+@kernel
 def _expected(tags, j, row, max_hold):
     """Whether the row waits for this tag: no sooner than its shortest interval, no longer than max_hold."""
     age = row - tags[NEWEST_SLOT, j]
     return tags[STEP, j] <= age <= max_hold
 
 
-@numba.njit(inline="always")
+@kernel
 def _count_missing(st, tags, n):
     missing = 0
     for j in range(n):
@@ -140,7 +141,7 @@ def _count_missing(st, tags, n):
     st[MISSING] = missing
 
 
-@numba.njit(inline="always")
+@kernel
 def _policy(tags, j, status):
     """What the severity of a status word (Part 4, 7.39) does to the value of a tag."""
     if (status & 0x80000000) != 0:
@@ -150,7 +151,7 @@ def _policy(tags, j, status):
     return POLICY_USE
 
 
-@numba.njit(inline="always")
+@kernel
 def _set_current(tags, tag_values, counts, j, stamp, slot, value, status):
     """Make a sample the value of the tag from now on; one that no row has used is replaced."""
     if tags[KNOWN, j] == 1 and tags[USED, j] == 0:
@@ -167,7 +168,7 @@ def _set_current(tags, tag_values, counts, j, stamp, slot, value, status):
         tag_values[1, j] = value
 
 
-@numba.njit
+@kernel
 def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts):
     """Close row ROW: newest sample per tag, hold-last, masks; then go on to the next row."""
     n = tags.shape[1]
@@ -242,7 +243,7 @@ def _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_val
     _count_missing(st, tags, n)
 
 
-@numba.njit
+@kernel
 def _close_due(
     st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts, hole, flush
 ):
@@ -262,7 +263,30 @@ def _close_due(
         _close_row(st, tags, tag_values, ring, ring_values, out, out_values, out_valid, out_status, counts)
 
 
-@numba.njit
+@kernel
+def _sort(x, n):
+    """Sort int64[n] in place (heapsort: numba's own sort allocates)."""
+    end = n
+    start = n // 2
+    while end > 1:
+        if start > 0:
+            start -= 1
+        else:
+            end -= 1
+            x[0], x[end] = x[end], x[0]
+        root = start
+        child = 2 * root + 1
+        while child < end:
+            if child + 1 < end and x[child] < x[child + 1]:
+                child += 1
+            if x[root] >= x[child]:
+                break
+            x[root], x[child] = x[child], x[root]
+            root = child
+            child = 2 * root + 1
+
+
+@kernel
 def _start_grid(st, tags, boot, counts):
     """End the start phase: choose the phase of the grid and the first row.
 
@@ -274,7 +298,10 @@ def _start_grid(st, tags, boot, counts):
     period = st[PERIOD]
     n = st[BOOT_N] - st[BOOT_FIRST]
     if st[HAS_ANCHOR] == 0:
-        phases = np.sort((boot[1, st[BOOT_FIRST] : st[BOOT_N]] - first) % period)
+        phases = boot[3]
+        for i in range(n):
+            phases[i] = (boot[1, st[BOOT_FIRST] + i] - first) % period
+        _sort(phases, n)
         widest = phases[0] + period - phases[n - 1]  # empty arc that ends at the lowest phase
         after = 0
         for i in range(1, n):
@@ -307,7 +334,7 @@ def _start_grid(st, tags, boot, counts):
     st[BOOT_POS] = 0
 
 
-@numba.njit
+@kernel
 def _resume(st, tags, row):
     """Go on after a hole: the row waits for every tag that was alive when the hole began."""
     for j in range(tags.shape[1]):
@@ -318,9 +345,12 @@ def _resume(st, tags, row):
     _count_missing(st, tags, tags.shape[1])
 
 
-@numba.njit
-def _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value, status):
-    """Put one sample where it belongs: its row, the hold value when that row is closed, or a counter."""
+@kernel
+def _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, at, value, status):
+    """Put one sample where it belongs: its row, the hold value when that row is closed, or a counter.
+
+    at : place of its row in the ring
+    """
     if tags[KNOWN, j] == 1 and stamp <= tags[STAMP, j]:
         if stamp < tags[STAMP, j]:
             counts[C_LATE] += np.uint64(1)
@@ -334,7 +364,6 @@ def _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value
     if slot < st[ROW]:
         _set_current(tags, tag_values, counts, j, stamp, slot, value, status)
     else:
-        at = slot % ring.shape[1]
         held = ring[0, at, j]
         if held != FAR_PAST:
             if stamp < held:
@@ -373,7 +402,7 @@ def _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, value
         _count_missing(st, tags, tags.shape[1])  # when the tag is due next has changed
 
 
-@numba.njit
+@kernel
 def _lose(st, tags, ring, counts):
     """Forget every hold and go back to the start phase; the grid keeps its phase."""
     for j in range(tags.shape[1]):
@@ -399,7 +428,7 @@ def _lose(st, tags, ring, counts):
     st[GAP_NEXT] = 1
 
 
-@numba.njit(
+@kernel(
     "int64(int64[::1], int64[:,::1], float64[:,::1], int64[:,:,::1], float64[:,::1], int64[:,::1], "
     "float64[::1], int64[:,::1], float64[:,::1], uint8[:,::1], uint32[:,::1], uint64[::1], int32[::1], "
     "int64[::1], float64[::1], uint32[::1], int64[::1], int64, boolean)",
@@ -432,8 +461,8 @@ def close_rows(
         good)
     ring : int64[2, n_slots, n_tags] (stamp, status), ring_values : float64[n_slots, n_tags]; rows not yet
         closed
-    boot : int64[3, capacity] (tag, stamp, status), boot_values : float64[capacity]; samples before the first
-        row
+    boot : int64[4, capacity] (tag, stamp, status; room to sort in), boot_values : float64[capacity]; samples
+        before the first row
     out : int64[2, rows] (source_ns, gap); out_values, out_valid, out_status : [rows, n_tags]
     counts : uint64[N_COUNTERS]
     tag_index int32[m], source_ns int64[m] not decreasing, value float64[m], status uint32[m]; position
@@ -445,6 +474,9 @@ def close_rows(
     """
     m = source_ns.shape[0]
     n = tags.shape[1]
+    late_rows = st[LATENESS] // st[PERIOD] + 1
+    # A division takes as long as all else that is done with a sample, and the next one is mostly of the same row.
+    window_slot, window_at, window_start, window_end = 0, 0, 0, 0
     if position[0] == 0:
         for i in range(1, m):
             if source_ns[i] < source_ns[i - 1]:
@@ -501,7 +533,12 @@ def close_rows(
         else:
             j, stamp, word, v = 0, watermark, 0, 0.0
         if has:
-            slot = _slot(st, stamp)
+            if not window_start < stamp <= window_end:
+                window_slot = _slot(st, stamp)
+                window_at = window_slot % ring.shape[1]
+                window_end = st[ANCHOR] + window_slot * st[PERIOD] + st[PERIOD] // 2
+                window_start = window_end - st[PERIOD]
+            slot = window_slot
             hole = slot - st[LAST_ANY] > st[MAX_HOLD]
         if stamp > st[NEWEST]:
             st[NEWEST] = stamp
@@ -532,7 +569,7 @@ def close_rows(
                 st[BOOT_POS] = 0
         else:
             position[0] += 1
-            if slot < st[ROW] - st[MAX_HOLD] - st[LATENESS] // st[PERIOD] - 1:
+            if slot < st[ROW] - st[MAX_HOLD] - late_rows:
                 st[BEHIND] += 1
                 if st[BEHIND] > 4 * n + 16 and st[NEWEST] > stamp:
                     # Nothing but old stamps for long: the source clock was set back; start again from here.
@@ -554,10 +591,10 @@ def close_rows(
         if hole:
             st[GAP_NEXT] = 1
             _resume(st, tags, max(slot, st[ROW]))
-        _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, v, word)
+        _take(st, tags, tag_values, ring, ring_values, counts, j, stamp, slot, window_at, v, word)
 
 
-@numba.njit(
+@kernel(
     "int64(int64[::1], int64[:,::1], float64[:,::1], int64[:,:,::1], float64[:,::1], int64[:,::1], "
     "float64[:,::1], uint8[:,::1], uint32[:,::1], uint64[::1])",
     cache=True,

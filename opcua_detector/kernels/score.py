@@ -29,6 +29,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .jit import kernel
+
 Array = NDArray[Any]
 
 # Layout of `out`.
@@ -47,7 +49,7 @@ NAMED_FROM: Final = 0.5
 """From this score on tags are named."""
 
 
-@njit("float64(float64, float64[::1], int64, int64, int64, float64, float64)", cache=True, nogil=True,
+@kernel("float64(float64, float64[::1], int64, int64, int64, float64, float64)", cache=True, nogil=True,
       error_model="numpy")
 def surprise(x, table, at, n, k, knee, slope):
     """Return -ln p of a residual by the held-out residuals, at most `SURPRISE_CAP`.
@@ -71,7 +73,7 @@ def surprise(x, table, at, n, k, knee, slope):
     return min(value, SURPRISE_CAP)
 
 
-@njit("float64(float64)", cache=True, nogil=True, error_model="numpy")
+@kernel("float64(float64)", cache=True, nogil=True, error_model="numpy")
 def _sharp(x):
     """Return x to the power of `SHARPNESS`; `**` takes three times as long."""
     for _ in range(SQUARINGS):
@@ -79,7 +81,7 @@ def _sharp(x):
     return x
 
 
-@njit("float64(float64)", cache=True, nogil=True, error_model="numpy")
+@kernel("float64(float64)", cache=True, nogil=True, error_model="numpy")
 def _blunt(x):
     """Return the inverse of `_sharp`."""
     for _ in range(SQUARINGS):
@@ -87,13 +89,13 @@ def _blunt(x):
     return x
 
 
-@njit("float64(float64)", cache=True, nogil=True, error_model="numpy")
+@kernel("float64(float64)", cache=True, nogil=True, error_model="numpy")
 def soft(x):
     """Return ln(1 + exp(x)): positive, increasing, x itself where x is large."""
     return x if x > 30.0 else math.log1p(math.exp(x))
 
 
-@njit("void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1])", cache=True, nogil=True,
+@kernel("void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1])", cache=True, nogil=True,
       error_model="numpy")
 def transform(residual, state, ints, tables, energy):
     """Write float64[C]: square in healthy units, surprise or the plain residual of each channel; NaN = no verdict."""
@@ -116,13 +118,13 @@ def transform(residual, state, ints, tables, energy):
                                  tables[state, at + 1])
 
 
-@njit("void(int64[::1], int64[::1])", cache=True, nogil=True, error_model="numpy")
+@kernel("void(int64[::1], int64[::1])", cache=True, nogil=True, error_model="numpy")
 def forget(ints, cursor):
     """Empty the windows (after a gap); the next row fills them with the healthy mean."""
     cursor[:] = 0
 
 
-@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1])", cache=True, nogil=True,
+@kernel("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1])", cache=True, nogil=True,
       error_model="numpy")
 def _fill(state, ints, tables, ring, raw, memory):
     """Fill the windows with the healthy mean of the state, so that a score stands from the first residual on."""
@@ -142,7 +144,7 @@ def _fill(state, ints, tables, ring, raw, memory):
             memory[2 * wc + w * n + c] = 0.0
 
 
-@njit("void(float64[::1], int64[::1], float64[::1], float64[::1], float64[::1], int64[::1])", cache=True, nogil=True,
+@kernel("void(float64[::1], int64[::1], float64[::1], float64[::1], float64[::1], int64[::1])", cache=True, nogil=True,
       error_model="numpy")
 def _push(residual, ints, ring, raw, memory, cursor):
     """Take energies and residuals of one row into the window sums."""
@@ -189,7 +191,7 @@ def _push(residual, ints, ring, raw, memory, cursor):
     cursor[2] = rows
 
 
-@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1])", cache=True, nogil=True,
+@kernel("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1])", cache=True, nogil=True,
       error_model="numpy")
 def _judge(state, ints, tables, memory, out):
     """Form terms, views and the score from the sums; half of what a term can hold must be there, the rest is usual."""
@@ -263,7 +265,7 @@ def _judge(state, ints, tables, memory, out):
         out[3 + k] = max(acc, 0.0) / known if known > 0.0 else np.nan
 
 
-@njit(
+@kernel(
     "void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1], int64[::1],"
     " float64[::1])",
     cache=True, nogil=True, error_model="numpy",
@@ -300,7 +302,7 @@ def _score(residual, state, ints, tables, ring, raw, memory, cursor, out):
         out[2] = np.nan
 
 
-@njit("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1])", cache=True, nogil=True,
+@kernel("void(int64, int64[::1], float64[:, ::1], float64[::1], float64[::1])", cache=True, nogil=True,
       error_model="numpy")
 def _tell(state, ints, tables, memory, out):
     """Write what is told of a row beside its score: mean residual of each channel, share of each tag.
@@ -348,7 +350,7 @@ def _tell(state, ints, tables, memory, out):
             memory[share_at + g] /= total
 
 
-@njit(
+@kernel(
     "void(float64[::1], int64, int64[::1], float64[:, ::1], float64[::1], float64[::1], float64[::1], int64[::1],"
     " float64[::1])",
     cache=True, nogil=True, error_model="numpy",
@@ -382,7 +384,7 @@ def score_rows(residual, gap, state, ints, tables, ring, raw, memory, cursor, ou
             values[t] = memory[stat_at + ints[2]:stat_at + ints[2] + ints[3]]
 
 
-@njit("void(float64[:, ::1], int64[::1], int64[::1], float64[:, ::1], float64[:, ::1])", cache=True, nogil=True,
+@kernel("void(float64[:, ::1], int64[::1], int64[::1], float64[:, ::1], float64[:, ::1])", cache=True, nogil=True,
       error_model="numpy")
 def transform_rows(residual, state, ints, tables, energy):
     """Run `transform` over a record: float64[n, C], int64[n] -> energy float64[n, C]."""

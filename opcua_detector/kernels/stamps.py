@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
 from numpy.typing import NDArray
+
+from .jit import kernel
 
 Array = NDArray[Any]
 
 
-@njit("int64(int64[::1], int32[::1], int64[::1], int64, int64)", cache=True, nogil=True)
+@kernel("int64(int64[::1], int32[::1], int64[::1], int64, int64)", cache=True, nogil=True)
 def wild_stamps(last: Array, column: Array, source_ns: Array, most_ns: int, tolerance_ns: int) -> int:
     """Return how many stamps are above `most_ns`, or behind the last of their tag by more than a tolerance.
 
@@ -29,7 +30,7 @@ def wild_stamps(last: Array, column: Array, source_ns: Array, most_ns: int, tole
     return wild
 
 
-@njit("void(int64[::1], float64[::1], uint32[::1], int32[::1], float64[::1], uint32[::1], int64)", cache=True,
+@kernel("void(int64[::1], float64[::1], uint32[::1], int32[::1], float64[::1], uint32[::1], int64)", cache=True,
       nogil=True)
 def note_heard(
     heard_ns: Array, last: Array, last_status: Array, column: Array, value: Array, status: Array, now_ns: int,

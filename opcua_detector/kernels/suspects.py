@@ -21,6 +21,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .jit import kernel
+
 Array = NDArray[Any]
 
 WALKS: Final = (0.003, 0.03, 0.3, 3.0)  # steps of a random walk, healthy standard deviations a row
@@ -31,7 +33,7 @@ _STARTS: Final = np.array(LATEST)
 _N_WALKS: Final = len(WALKS)
 
 
-@njit("f8(f8[:, ::1], f8[::1], i8, f8, b1, f8[:, ::1], f8[::1])", cache=True, nogil=True)
+@kernel("f8(f8[:, ::1], f8[::1], i8, f8, b1, f8[:, ::1], f8[::1])", cache=True, nogil=True)
 def _evidence(band: Array, rhs: Array, first: int, span: float, walk: bool, factor: Array, solution: Array) -> float:
     """Return the log Bayes factor for f of one kind that begins at row `first`; write f from there on.
 
@@ -73,7 +75,7 @@ def _evidence(band: Array, rhs: Array, first: int, span: float, walk: bool, fact
     return 0.5 * fit - log_factor + 0.5 * log_prior
 
 
-@njit("i8(f8[:, ::1], f8[::1])", cache=True, nogil=True)
+@kernel("i8(f8[:, ::1], f8[::1])", cache=True, nogil=True)
 def _step_at(band: Array, rhs: Array) -> int:
     """Return the row at which one step of f explains most."""
     best, at, pull, norm = -1.0, 0, 0.0, 0.0

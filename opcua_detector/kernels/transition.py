@@ -33,8 +33,9 @@ import math
 from typing import Any, Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from .jit import kernel
 
 Array = NDArray[Any]
 
@@ -47,7 +48,7 @@ SUM_FLAGS: Final = {"reassoc", "contract", "nsz"}
 """Sums may be reordered for SIMD; NaN and infinity keep their meaning."""
 
 
-@njit("i4(f8, f8[::1], i8, i8)", cache=True, nogil=True)
+@kernel("i4(f8, f8[::1], i8, i8)", cache=True, nogil=True)
 def level_of(x: float, edges: Array, first: int, n_edges: int) -> int:
     """Return the level of a raw value: how many of its thresholds lie below it.
 
@@ -71,7 +72,7 @@ def level_of(x: float, edges: Array, first: int, n_edges: int) -> int:
     return low - first
 
 
-@njit("f8(f8[::1], i8, f4[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
+@kernel("f8(f8[::1], i8, f4[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def dot(w: Array, at_w: int, vectors: Array, at_v: int, n: int) -> float:
     """Return the inner product of `n` entries: w float64 from `at_w`, vectors float32 from `at_v`."""
     total = 0.0
@@ -80,7 +81,7 @@ def dot(w: Array, at_w: int, vectors: Array, at_v: int, n: int) -> float:
     return total
 
 
-@njit("f8(f8[::1], i8, f8, f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
+@kernel("f8(f8[::1], i8, f8, f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def map_residual(w: Array, at_w: int, x: float, maps: Array, at_map: int, n_e: int) -> float:
     """Return x less what a map predicts from the extended vector, scaled units, with its sign.
 
@@ -100,7 +101,7 @@ def map_residual(w: Array, at_w: int, x: float, maps: Array, at_map: int, n_e: i
     return x - (predicted + maps[at_map + n_e])
 
 
-@njit("b1(i4[::1], i8, i8)", cache=True, nogil=True)
+@kernel("b1(i4[::1], i8, i8)", cache=True, nogil=True)
 def all_valid(memory: Array, first: int, n: int) -> bool:
     """Return whether n entries of the validity of the extended vector are all 1."""
     good = 0
@@ -109,7 +110,7 @@ def all_valid(memory: Array, first: int, n: int) -> bool:
     return good == n
 
 
-@njit("f8(f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
+@kernel("f8(f8[::1], i8, i8)", cache=True, nogil=True, fastmath=SUM_FLAGS)
 def centre(w: Array, at: int, n: int) -> float:
     """Subtract the mean from `n` entries in place and return the norm of what is left.
 
@@ -126,7 +127,7 @@ def centre(w: Array, at: int, n: int) -> float:
     return math.sqrt(square)
 
 
-@njit("f8(f8[::1], i8, f8[::1], i8, i4[::1], i8, i4[::1], i8, i8, i8, i8)", cache=True, nogil=True)
+@kernel("f8(f8[::1], i8, f8[::1], i8, i4[::1], i8, i4[::1], i8, i8, i8, i8)", cache=True, nogil=True)
 def bound_residual(
     w: Array, at_w: int, floats: Array, at_bounds: int, used: Array, at_used: int, ints: Array,
     at_partners: int, n_seen: int, n_e: int, own: int,
@@ -163,7 +164,7 @@ def bound_residual(
     return total / n_used
 
 
-@njit("f8(f8[::1], i8, i8, f4[::1], i8, i8, i4[::1], i8)", cache=True, nogil=True)
+@kernel("f8(f8[::1], i8, i8, f4[::1], i8, i8, i4[::1], i8)", cache=True, nogil=True)
 def masked_conf_residual(
     w: Array, at_w: int, n_e: int, vectors: Array, first: int, last: int, used: Array, at_used: int
 ) -> float:
@@ -202,7 +203,7 @@ def masked_conf_residual(
     return max(0.0, 1.0 - best)
 
 
-@njit("void(f8[::1], u1[::1], i8, i4[::1], f8[::1], i4[::1], f8[::1])", cache=True, nogil=True)
+@kernel("void(f8[::1], u1[::1], i8, i4[::1], f8[::1], i4[::1], f8[::1])", cache=True, nogil=True)
 def push_row(
     values: Array, valid: Array, at: int, ints: Array, floats: Array, memory: Array, ring: Array
 ) -> None:
@@ -241,7 +242,7 @@ def push_row(
         memory[MEMORY_HEADER + i * length + slot] = level
 
 
-@njit("i8(i8, i4[::1], i4[::1], f8[::1])", cache=True, nogil=True)
+@kernel("i8(i8, i4[::1], i4[::1], f8[::1])", cache=True, nogil=True)
 def extend(i: int, ints: Array, memory: Array, ring: Array) -> int:
     """Write the extended vector of sensor i and its validity into the memory; return how many are valid.
 
@@ -278,7 +279,7 @@ def extend(i: int, ints: Array, memory: Array, ring: Array) -> int:
     return n_used
 
 
-@njit("void(i8, i4[::1], f8[::1], f4[::1], i4[::1], f8[::1], f8[::1], i8)", cache=True, nogil=True)
+@kernel("void(i8, i4[::1], f8[::1], f4[::1], i4[::1], f8[::1], f8[::1], i8)", cache=True, nogil=True)
 def judge_sensor(
     i: int, ints: Array, floats: Array, vectors: Array, memory: Array, ring: Array, out: Array, at: int
 ) -> None:
@@ -357,7 +358,7 @@ def judge_sensor(
     out[at + 2 * n_sensors] = conf
 
 
-@njit("void(i4[::1], i4[::1])", cache=True, nogil=True)
+@kernel("void(i4[::1], i4[::1])", cache=True, nogil=True)
 def forget(ints: Array, memory: Array) -> None:
     """Empty the memory, as at the start and after a gap; both arrays int32[:], packed."""
     memory[0] = -1
@@ -367,7 +368,7 @@ def forget(ints: Array, memory: Array) -> None:
         memory[k] = 1  # what was never written must not count as bad when it is overwritten
 
 
-@njit("void(f8[::1], u1[::1], u1[::1], i4[::1], f8[::1], f4[::1], i4[::1], f8[::1], f8[::1])", cache=True,
+@kernel("void(f8[::1], u1[::1], u1[::1], i4[::1], f8[::1], f4[::1], i4[::1], f8[::1], f8[::1])", cache=True,
       nogil=True)
 def score_rows(
     values: Array, valid: Array, gap: Array, ints: Array, floats: Array, vectors: Array, memory: Array,

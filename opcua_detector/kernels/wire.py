@@ -11,7 +11,9 @@ A position of -1 says that the bytes are no OPC UA.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
+
+from .jit import kernel
 
 NO_STAMP = -(2**63)  # a null timestamp
 NOTE_STATUS, NOTE_NO_STAMP, NOTE_TEXT = 1, 2, 4  # a StatusCode that is not plain Good, no source stamp, a text
@@ -45,12 +47,12 @@ def _crc_table():
 _CRC = _crc_table()
 
 
-@njit(types.uint64(RAW, _PLACE), cache=True)
+@kernel(types.uint64(RAW, _PLACE), cache=True)
 def _u2(raw, at):
     return np.uint64(raw[at]) | np.uint64(raw[at + 1]) << np.uint64(8)
 
 
-@njit(types.uint64(RAW, _PLACE), cache=True)
+@kernel(types.uint64(RAW, _PLACE), cache=True)
 def _u4(raw, at):
     return (
         np.uint64(raw[at])
@@ -60,7 +62,7 @@ def _u4(raw, at):
     )
 
 
-@njit(types.uint64(RAW, _PLACE), cache=True)
+@kernel(types.uint64(RAW, _PLACE), cache=True)
 def _u8(raw, at):
     return (
         np.uint64(raw[at])
@@ -74,23 +76,23 @@ def _u8(raw, at):
     )
 
 
-@njit(types.int64(RAW, _PLACE), cache=True)
+@kernel(types.int64(RAW, _PLACE), cache=True)
 def _i4(raw, at):
     return np.int64(np.int32(np.uint32(_u4(raw, at))))
 
 
-@njit(types.int64(RAW, _PLACE), cache=True)
+@kernel(types.int64(RAW, _PLACE), cache=True)
 def _i8(raw, at):
     return np.int64(_u8(raw, at))
 
 
-@njit(types.int64(types.int64), cache=True)
+@kernel(types.int64(types.int64), cache=True)
 def _nanoseconds(ticks):
     """Nanoseconds since 1970 of a DateTime; NO_STAMP for null and for dates that no clock shows."""
     return (ticks - EPOCH_TICKS) * 100 if MIN_TICKS <= ticks < MAX_TICKS else np.int64(NO_STAMP)
 
 
-@njit(types.float64(RAW, _PLACE, types.int64), cache=True)
+@kernel(types.float64(RAW, _PLACE, types.int64), cache=True)
 def _crc(raw, at, size):
     """CRC-32 (ISO 3309, as zlib has it) of a text as a number."""
     code = np.uint32(0xFFFFFFFF)
@@ -99,7 +101,7 @@ def _crc(raw, at, size):
     return np.float64(code ^ np.uint32(0xFFFFFFFF))
 
 
-@njit(types.float64(RAW, _PLACE, types.int64), cache=True)
+@kernel(types.float64(RAW, _PLACE, types.int64), cache=True)
 def _number(raw, at, kind):
     """A value of fixed size as float64: numbers, Boolean 0 or 1, DateTime seconds since 1970, the rest NaN."""
     if kind == 11:
@@ -131,7 +133,7 @@ def _number(raw, at, kind):
     return np.nan
 
 
-@njit(types.int64(RAW, _PLACE, _PLACE), cache=True)
+@kernel(types.int64(RAW, _PLACE, _PLACE), cache=True)
 def _after_string(raw, at, end):
     """Position after a String, ByteString or XmlElement; -1 where it does not fit."""
     if at < 0 or at + 4 > end:
@@ -142,7 +144,7 @@ def _after_string(raw, at, end):
     return at + 4 + max(n, np.int64(0))
 
 
-@njit(types.int64(RAW, _PLACE, _PLACE), cache=True)
+@kernel(types.int64(RAW, _PLACE, _PLACE), cache=True)
 def _after_node_id(raw, at, end):
     """Position after a NodeId or ExpandedNodeId (Part 6, 5.2.2.9 and 5.2.2.10); -1 where it does not fit."""
     if at < 0 or at >= end:
@@ -166,7 +168,7 @@ def _after_node_id(raw, at, end):
     return after if after <= end else np.int64(-1)
 
 
-@njit(types.int64(RAW, _PLACE, _PLACE), cache=True)
+@kernel(types.int64(RAW, _PLACE, _PLACE), cache=True)
 def _after_extension(raw, at, end):
     """Position after an ExtensionObject (Part 6, 5.2.2.15); -1 where it does not fit."""
     at = _after_node_id(raw, at, end)
@@ -175,7 +177,7 @@ def _after_extension(raw, at, end):
     return _after_string(raw, at + 1, end) if raw[at] else at + 1
 
 
-@njit(types.int64(RAW, _PLACE, _PLACE), cache=True)
+@kernel(types.int64(RAW, _PLACE, _PLACE), cache=True)
 def _after_diagnostic(raw, at, end):
     """Position after a DiagnosticInfo and all that are nested in it (Part 6, 5.2.2.12); -1 where it does not fit."""
     for _ in range(MAX_DEPTH):
@@ -197,7 +199,7 @@ def _after_diagnostic(raw, at, end):
     return np.int64(-1)
 
 
-@njit(types.int64(RAW, _PLACE, _PLACE, types.int64), cache=True)
+@kernel(types.int64(RAW, _PLACE, _PLACE, types.int64), cache=True)
 def _after_one(raw, at, end, kind):
     """Position after one value of a built-in type that holds no Variant; -1 where it does not fit."""
     size = _SIZE[kind]
@@ -222,7 +224,7 @@ def _after_one(raw, at, end, kind):
     return _after_diagnostic(raw, at, end)
 
 
-@njit(types.int64(types.int64), cache=True)
+@kernel(types.int64(types.int64), cache=True)
 def _tail(mask):
     """Bytes of a DataValue after its Variant: status, stamps and their picoseconds (Part 6, 5.2.2.17)."""
     size = 4 if mask & 0x02 else 0
@@ -232,7 +234,7 @@ def _tail(mask):
     return np.int64(size + (2 if mask & 0x20 else 0))
 
 
-@njit(_FOUND(RAW, _PLACE, _PLACE, types.int64, types.int64), cache=True)
+@kernel(_FOUND(RAW, _PLACE, _PLACE, types.int64, types.int64), cache=True)
 def variant(raw, at, end, element, depth):
     """Read a Variant (Part 6, 5.2.2.16): (position after it or -1, float64, position of a text or -1).
 
@@ -305,7 +307,7 @@ def variant(raw, at, end, element, depth):
     return at, value, text
 
 
-@njit(
+@kernel(
     types.int64(
         RAW, _PLACE, _PLACE, types.int64, types.boolean, types.int64, types.Array(types.int32, 1, "C", readonly=True),
         types.int64[:, ::1], types.float64[::1], types.uint32[::1], types.int64[::1],
@@ -382,7 +384,7 @@ def data_values(raw, at, end, count, with_handle, row, element, stamps, value, s
     return at
 
 
-@njit(types.int64(RAW, _PLACE, _PLACE, types.int64), cache=True)
+@kernel(types.int64(RAW, _PLACE, _PLACE, types.int64), cache=True)
 def after(raw, at, end, kind):
     """Return the position after one value of a built-in type (its number in Part 6, 5.1.2); -1 where it does not fit.
 
@@ -391,7 +393,7 @@ def after(raw, at, end, kind):
     return _after_one(raw, at, end, kind)
 
 
-@njit(types.int64(RAW, _PLACE, _PLACE, types.int64), cache=True)
+@kernel(types.int64(RAW, _PLACE, _PLACE, types.int64), cache=True)
 def after_array(raw, at, end, kind):
     """Return the position after an array of a built-in type, its length included; as `after`."""
     if at + 4 > end:
