@@ -14,4 +14,5 @@ def kernel(*given: Any, **options: Any) -> Any:
     long as what a kernel does with one value. All arrays of a kernel belong to its caller, who keeps them for the
     call, so there is nothing to count. Whoever allocates an array in a kernel is told by numba when it is compiled.
     """
-    return numba.njit(*given, _nrt=False, **options)
+    options["_nrt"] = False
+    return numba.njit(*given, **options)
