@@ -1,4 +1,4 @@
-"""Wiring: config + models + client + engine + store; the only file that knows every part."""
+"""Wiring of config, models, engine and store: what fit, replay, feedback and service share; it knows no client."""
 
 from __future__ import annotations
 

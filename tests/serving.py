@@ -18,10 +18,10 @@ from opcua_detector.api import Record
 from opcua_detector.app import fit_config, group_tags
 from opcua_detector.client.observer import Observer
 from opcua_detector.config import GroupConfig, load
-from opcua_detector.delivery import INSECURE_WORDS
 from opcua_detector.model import load as load_model
 from opcua_detector.nodes import State
 from opcua_detector.service import MonitorRun, Service
+from opcua_detector.service.delivery import INSECURE_WORDS
 from opcua_detector.store import Store
 from sim_server.processes import make
 

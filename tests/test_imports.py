@@ -19,11 +19,10 @@ LEVELS = {
     "detectors": 2, "calibration": 2, "columns": 2, "frames": 2, "plugins": 2, "testing": 3,
     "limits": 2, "views": 2, "metrics": 2, "guards": 2,
     "absence": 3, "allowances": 3, "feedback": 4, "evaluation": 5, "report": 6,
-    "alarms": 3, "explain": 3, "model": 3, "engine": 4, "reasons": 4, "fitting": 4,
+    "alarms": 3, "explain": 3, "model": 3, "suspicious": 3, "engine": 4, "reasons": 4, "fitting": 4,
     "parts": 4,
     "client": 5, "store": 5, "registry": 5, "csv_rows": 5,
-    "app": 6, "service": 6, "startup": 6, "outputs": 6, "alerting": 6, "reloading": 6, "delivery": 6, "outages": 6,
-    "telemetry": 6, "support": 6,
+    "app": 6, "service": 6, "telemetry": 6, "support": 6,
     "detector": 7, "samples": 0, "__version__": 0,
     "feedback.desk": 6, "feedback.live": 6, "feedback.hmi": 6,  # what in a service answers feedback
     "cli": 7, "__main__": 8,

@@ -15,8 +15,9 @@ from opcua_detector.api import GOOD, UNCERTAIN_SUB_NORMAL, Record, Tag, TagKind
 from opcua_detector.app import fit_config, monitor_tags, open_monitor, out_of_maintenance, registry_of
 from opcua_detector.engine import AlertSettings, RowMonitor, frames_of
 from opcua_detector.errors import ConfigError, RecordError
-from opcua_detector.fitting import fit_monitor, lasting
+from opcua_detector.fitting import fit_monitor
 from opcua_detector.registry import Registry
+from opcua_detector.suspicious import lasting
 from sim_server.processes import make
 from tests.benchmarks.bench_suspicious import (
     ROWS,

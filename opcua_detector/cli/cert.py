@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from ..client import Session, pki, secure, trust
+from ..client.certificate_checks import Expected, host_of, offset_text, warnings_of
 from ..client.trust import Folder, TrustList
 from ..config import ServerConfig
 from ..errors import AccessRefused, ConfigError
@@ -290,13 +291,12 @@ def _shown_by(endpoint: str, chosen: ServerConfig | None, fingerprint: str) -> t
         raise ConfigError("the server shows several certificates", key="--fingerprint",
                           expected=" or ".join(digits[:SURE_DIGITS] for digits in shown), next_step="choose one")
     leaf, described = fits[0]
-    host = (chosen.expected_host if chosen is not None and endpoint == chosen.endpoint else "") or trust.host_of(
-        endpoint)
-    problems = TrustList(Path("nowhere")).inspect([leaf], trust.Expected(
+    host = (chosen.expected_host if chosen is not None and endpoint == chosen.endpoint else "") or host_of(endpoint)
+    problems = TrustList(Path("nowhere")).inspect([leaf], Expected(
         described.Server.ApplicationUri or "", host, found.clock_offset_s, leaf.public_bytes(Encoding.DER),
         server=chosen.name if chosen else ""))
     notes = [f"it will still be refused: {one.what}; {one.next_step}" for one in problems]
-    clock = trust.offset_text(found.clock_offset_s)
+    clock = offset_text(found.clock_offset_s)
     return leaf, [*notes, clock] if clock else notes
 
 
@@ -339,7 +339,7 @@ def _unknown(digits: str, place: Path) -> ConfigError:
 
 
 def _note(about: pki.Described) -> str:
-    told = trust.warnings_of(about.not_after, now=datetime.now(UTC), whose="the")
+    told = warnings_of(about.not_after, now=datetime.now(UTC), whose="the")
     state = "expired" if about.not_after < datetime.now(UTC) else told[0].removeprefix("the certificate ") \
         if told else ""
     return ", ".join(text for text in ("CA" if about.authority else "", state) if text)

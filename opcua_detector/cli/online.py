@@ -19,7 +19,7 @@ import typer
 from rich.live import Live
 
 from .. import config as configuration
-from ..api import Frame, Record
+from ..api import Frame, Record, Tag
 from ..app import changed_since_fit, group_tags, methods_of, model_path, open_monitor, registry_of
 from ..client import (
     BrowsedNode,
@@ -35,13 +35,13 @@ from ..client import (
     recent_values,
     walk,
 )
+from ..client.arrays import indexes_of
 from ..config import Config, GroupConfig, ServerConfig
 from ..errors import ConfigError, DetectorError, NodeProblem, RecordError, SimulatorError
 from ..frames import iso_utc
 from ..model import load as load_model
 from ..nodes import TOP
-from ..service import Service, check_nodes, retention_of
-from ..startup import set_apart_what_stays
+from ..service import Service, check_nodes, retention_of, set_apart_what_stays
 from ..store import Store
 from ..telemetry import Redactor, configure_logging
 from .doctor import open_sessions
@@ -65,6 +65,7 @@ from .terminal import (
 log = logging.getLogger(__name__)
 
 MISSING_SHARE = 0.01  # of the rows of a history: below it the edges of the range explain it
+FEW_KNOWN = 0.1  # share of a server's values that may be missing beside those of other servers before it is told
 _T = TypeVar("_T")
 FEW_NODES = 50  # of so few variables a longer time is looked at, to tell their kinds apart
 
@@ -90,35 +91,61 @@ def stop_on_signals() -> asyncio.Event:
 
 
 def history_record(config: Config, config_file: Path, group: GroupConfig, span_ns: int) -> Record:
-    """Return the last `span_ns` of the server's history for a group, with a progress bar."""
+    """Return the last `span_ns` of the history of a group's servers, with a progress bar.
+
+    Tags of several servers become rows by their SourceTimestamps, as they do live; the rows begin where all of the
+    servers have values.
+
+    Raises
+    ------
+    ConnectionProblem, NodeProblem
+        A server cannot be reached, or a tag is not there or has no history; the server is named.
+    RecordError
+        A server has no value of that time.
+    """
     return run_async(_history(config, config_file, group, span_ns))
 
 
 async def _history(config: Config, config_file: Path, group: GroupConfig, span_ns: int) -> Record:
-    if any(tag.server not in ("", group.server) for tag in group.tags):
-        raise ConfigError("history is read from one server", file=str(config_file), key=f"groups.{group.name}",
-                          next_step="record the group with `opcua-detector record`, then fit with --recording")
-    session = Session(config.server(group.server))
-    await session.open()
+    names = [tag.server or group.server for tag in group.tags]
+    sessions = {name: Session(config.server(name)) for name in dict.fromkeys(names)}
     try:
-        raise_findings(await check_nodes(config, {group.server: session}, [group.name], [], file=str(config_file)))
+        for session in sessions.values():
+            await session.open()
+        raise_findings(await check_nodes(config, sessions, [group.name], [], file=str(config_file)))
         tags = group_tags(group)
-        first = await oldest_ns(session, tags[0].node)
-        if first is None:
-            raise RecordError("the server has no history of this tag", where=f"{session.where}, {tags[0].node}",
-                              next_step="record with `opcua-detector record`, then fit with --recording")
+        first = max([await _oldest(session, name, tags[names.index(name)]) for name, session in sessions.items()])
         now = time.time_ns()
         counts: dict[str, int] = {}
         with progress_bar(f"history of {group.name}") as update:
-            rows = await read_history(session, tags, max(first, now - span_ns), now, group.period,
-                                      lateness_ns=group.lateness_ns, max_hold=group.max_hold, progress=update,
-                                      counts=counts)
+            rows = await read_history([sessions[name] for name in names], tags, max(first, now - span_ns), now,
+                                      group.period, lateness_ns=group.lateness_ns, max_hold=group.max_hold,
+                                      indexes=indexes_of(group), progress=update, counts=counts)
         if counts["missing"] > MISSING_SHARE * max(1, counts["expected"]):
             err.print(f"note: history of {group.name}: {counts['missing']} of {counts['expected']} rows are missing "
                       f"({int(rows.gap.sum()) - 1} gaps longer than max_hold)", style="yellow", markup=False)
+        for name in sessions:
+            known = float(np.mean(rows.valid[:, [k for k, one in enumerate(names) if one == name]]))
+            if len(sessions) > 1 and known < 1 - FEW_KNOWN:
+                err.print(f"note: history of {group.name}: only {known:.0%} of the values of server {name} are there "
+                          "at the times of the others", style="yellow", markup=False)
         return rows
     finally:
-        await session.close()
+        for session in sessions.values():
+            await session.close()
+
+
+async def _oldest(session: Session, server: str, tag: Tag) -> int:
+    """Return the stamp of the oldest value that a server has of a tag; the errors name both."""
+    try:
+        first = await oldest_ns(session, tag.node)
+    except NodeProblem as problem:
+        raise NodeProblem(f"server {server}, tag {tag.name}: {problem.what}", where=problem.where,
+                          next_step=problem.next_step) from problem
+    if first is None:
+        raise RecordError(f"server {server} has no history of tag {tag.name}", where=f"{session.where}, {tag.node}",
+                          next_step="record with `opcua-detector record`, then fit with --recording")
+    return first
 
 
 # --- browse --------------------------------------------------------------------------------------------------------

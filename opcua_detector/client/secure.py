@@ -32,12 +32,13 @@ from cryptography import x509
 from ..config import ServerConfig
 from ..errors import AccessRefused
 from . import inflow, pki, trust, wire
+from .certificate_checks import Cause, Expected, host_of, same_host, warnings_of
 from .cipher import POLICIES
 
 RECHECK_S = 60.0  # the trust list is asked again this often while a connection stands
 _NO_POLICY = security_policies.SecurityPolicyNone.URI
 _BINARY = "uatcp-uasc-uabinary"
-_ENDED = frozenset({trust.Cause.UNTRUSTED, trust.Cause.CHAIN, trust.Cause.REVOKED})
+_ENDED = frozenset({Cause.UNTRUSTED, Cause.CHAIN, Cause.REVOKED})
 _TOKENS = {
     ua.UserTokenType.Anonymous: "anonymous",
     ua.UserTokenType.UserName: "user name",
@@ -132,7 +133,7 @@ class Security:
     problems: tuple[str, ...] = ()
     counters: dict[str, int] = field(default_factory=lambda: {"certificates_expired": 0, "trust_withdrawn": 0})
     _chain: list[x509.Certificate] = field(default_factory=list, repr=False)
-    _expected: trust.Expected | None = field(default=None, repr=False)
+    _expected: Expected | None = field(default=None, repr=False)
     _own_ends: datetime | None = field(default=None, repr=False)
     _told: set[str] = field(default_factory=set, repr=False)
     _asked_at: float = field(default=0.0, repr=False)
@@ -190,9 +191,9 @@ class Security:
             raise AccessRefused(f"the server shows no certificate that can be read ({error})", where=where,
                                 next_step="let the server make or load a valid certificate") from error
         pinned = config.server_certificate
-        expected = trust.Expected(
+        expected = Expected(
             application_uri=endpoint.Server.ApplicationUri or "", host=config.expected_host or
-            trust.host_of(config.endpoint), clock_offset_s=found.clock_offset_s,
+            host_of(config.endpoint), clock_offset_s=found.clock_offset_s,
             pinned=pki.read_certificate(pinned, f"servers.{config.name}.server_certificate") if pinned else None,
             require_crl=config.require_crl, server=config.name)
         await asyncio.to_thread(self._check, chain, expected, where)
@@ -217,10 +218,10 @@ class Security:
         found = fitting(endpoints, self.config)
         if not found:
             raise not_offered(endpoints, where)
-        host = trust.host_of(self.config.endpoint)
-        return next((one for one in found if trust.same_host(host, trust.host_of(one.EndpointUrl or ""))), found[0])
+        host = host_of(self.config.endpoint)
+        return next((one for one in found if same_host(host, host_of(one.EndpointUrl or ""))), found[0])
 
-    def _check(self, chain: Sequence[x509.Certificate], expected: trust.Expected, where: str) -> None:
+    def _check(self, chain: Sequence[x509.Certificate], expected: Expected, where: str) -> None:
         listed = trust.TrustList(self.config.pki)
         if not self.config.insecure:
             listed.check(chain, expected, where=where)
@@ -228,7 +229,7 @@ class Security:
             return
         problems = listed.inspect(chain, expected)
         self.problems = tuple(one.what for one in problems)
-        if expected.pinned is not None and problems and problems[0].cause is trust.Cause.UNTRUSTED:
+        if expected.pinned is not None and problems and problems[0].cause is Cause.UNTRUSTED:
             # Who pins a certificate wants that one, whatever else is left unchecked.
             raise AccessRefused(problems[0].what, where=where, next_step=problems[0].next_step)
 
@@ -290,9 +291,9 @@ class Security:
     def warnings(self, now: datetime | None = None) -> list[str]:
         """Return what is to be told of the certificates in use."""
         now = now or datetime.now(UTC)
-        found = trust.warnings_of(self.server.not_after, now=now) if self.server is not None else []
+        found = warnings_of(self.server.not_after, now=now) if self.server is not None else []
         if self.server is not None and self._own_ends is not None:
-            found += trust.warnings_of(self._own_ends, now=now, whose="this client's")
+            found += warnings_of(self._own_ends, now=now, whose="this client's")
         return found
 
     def news(self, now: datetime | None = None) -> list[str]:

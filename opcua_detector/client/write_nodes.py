@@ -9,12 +9,12 @@ from ..nodes import RESULT_SIGNALS
 from .nodes import ACCEPTS, NodeRef, read_facts, resolve
 from .session import Session
 from .wire_requests import WriteTo
-from .write_outputs import NO_RIGHT, NOT_THERE, OUTSIDE, Output, Outputs
+from .write_outputs import NO_RIGHT, NOT_THERE, OUTSIDE, Output, ServerOutputs
 from .write_rules import WriteRules
 
 
 async def look_up(
-    session: Session, outputs: Outputs, chosen: Sequence[Output], rules: WriteRules
+    session: Session, outputs: ServerOutputs, chosen: Sequence[Output], rules: WriteRules
 ) -> tuple[list[Output], int]:
     """Take up the chosen outputs that can be written, and take out the others, each with its reason.
 

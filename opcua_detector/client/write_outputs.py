@@ -67,7 +67,7 @@ class Output:
         return self.optional and self.reason == NOT_THERE
 
 
-class Outputs(Mapping[tuple[str, str], Output]):
+class ServerOutputs(Mapping[tuple[str, str], Output]):
     """The outputs of one server by (monitor, signal).
 
     where : who speaks, at the beginning of a line of the log

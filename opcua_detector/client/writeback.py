@@ -27,7 +27,7 @@ from .waiting import end_tasks, within
 from .write_check import ReadBack
 from .write_flight import Flight
 from .write_nodes import look_up
-from .write_outputs import OUTSIDE, Output, Outputs
+from .write_outputs import OUTSIDE, Output, ServerOutputs
 from .write_requests import CannotEncode, WriteRequests
 from .write_rules import NO_RULES, Budget, Pace, WriteRules
 
@@ -66,7 +66,7 @@ class WriteBack:
         failed_items, cast_errors, timeouts, refused (nodes outside the allow-list), limited (times that a monitor
         had to wait for a limit), withheld (results not written because another instance writes), dry (values of a
         dry run), read_back, mismatches, read_back_failed (see `ReadBack`)
-    outputs : Outputs; the nodes by (monitor, signal)
+    outputs : ServerOutputs; the nodes by (monitor, signal)
     superseded : by monitor
     """
 
@@ -83,7 +83,7 @@ class WriteBack:
         utc_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.session, self.rules = session, rules
-        self.outputs = Outputs(nodes, optional or {}, lambda: session.where, clock_s)
+        self.outputs = ServerOutputs(nodes, optional or {}, lambda: session.where, clock_s)
         names = ("requests", "values", "superseded", "failed_items", "cast_errors", "timeouts", "refused", "limited",
                  "withheld", "dry", "read_back", "mismatches", "read_back_failed")
         self.counters = dict.fromkeys(names, 0)

@@ -94,14 +94,14 @@ class RegressionPlugin:
         The model's columns are those of the record, the ones that are not judged first. Its params hold, besides
         the parameters, facts about the judged columns that move at all: `nonlinear_share` of them keep the
         correction, for `feature_share` its features beat a linear map of the same longer past, and for `plant_share`
-        the plant is to be judged as a nonlinear one (see `regression_fit.Correction.learn`).
+        the plant is to be judged as a nonlinear one (see `regression_correction.Correction.learn`).
 
         Arrays (d columns, j judged ones, m seen by each, h features of p inputs):
         mean, inverse, low, high float64[d], low and high scaled; partners int32[d, m];
-        forecast float64[j, *], relation float64[d, (lags + 1) m] (see `regression_fit.Linear`);
+        forecast float64[j, *], relation float64[d, (lags + 1) m] (see `regression_linear.Linear`);
         corrected int64[j], row of correction or -1; directions float64[p, h]; offsets float64[h];
         correction float64[*, h + p + 1]; rms, inner, usual float64[2, j], held out, forecast and relation: scaled
-        rms, that of the 95 % smallest errors, mean energy in the latter (see `regression_fit.energy`).
+        rms, that of the 95 % smallest errors, mean energy in the latter (see `regression_linear.energy`).
         """
         return self._learn(record, params, None)
 

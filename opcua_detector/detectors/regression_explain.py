@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opcua_detector.api import Cause, Float64, Int64, MethodModel
-from opcua_detector.detectors.regression_fit import energy
+from opcua_detector.detectors.regression_linear import energy
 from opcua_detector.kernels.regression import LARGEST
 from opcua_detector.kernels.suspects import suspicion
 

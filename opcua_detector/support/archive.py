@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +34,7 @@ from ..errors import ConfigError, DetectorError
 from ..model import load as load_model
 from ..store import AuditEntry, Store
 from ..store.backup import aside, check_copy, copy_store
+from .part import part_of
 
 FORMAT = 1
 MANIFEST, CONFIG, STORE = "manifest.json", "config.yaml", "store.db"
@@ -115,7 +114,7 @@ def back_up(config_file: Path, target: Path, *, keys: bool = False, force: bool 
     left_out = [] if keys else ["this client's certificate and key, and the trust list (--with-keys)"]
     left_out += [f"{file}: a secret" for server in config.servers
                  for file in (server.password_file, server.user_key) if file]
-    with _part_of(target) as part:
+    with part_of(target) as part:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
             for name, (role, path) in _places(config, config_file, keys=keys).items():
                 if not path.exists():
@@ -148,23 +147,6 @@ def _add(archive: zipfile.ZipFile, name: str, path: Path) -> dict[str, Any]:
             digest.update(chunk)
             size += out.write(chunk)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-@contextmanager
-def _part_of(target: Path) -> Iterator[Path]:
-    """Give a file beside the target, for this user alone, that takes its place at the end."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        yield part
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(part, target)
-    except OSError as error:
-        raise DetectorError(f"cannot be written: {error.strerror or error}", where=str(target),
-                            next_step="check folder, rights and free space") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _prove(part: Path) -> None:

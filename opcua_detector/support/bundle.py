@@ -36,6 +36,7 @@ from ..store import Store
 from ..telemetry import Redactor
 from ..telemetry.lines import last_lines, log_files
 from ..telemetry.redact import hashed, passwords
+from .part import part_of
 
 PACKAGES = ("asyncua", "cryptography", "numpy", "numba", "onnxruntime", "pydantic", "PyYAML", "sqlite-utils", "typer",
             "rich", "prometheus-client")
@@ -66,21 +67,12 @@ class Bundle:
         DetectorError
             There is such a file already, or it cannot be written.
         """
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            if target.exists() and not force:
-                raise DetectorError("there is a file of this name already", where=str(target),
-                                    next_step="choose another name, or add --force")
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
-                for name, (_, text) in self.parts.items():
-                    archive.writestr(name, text)
-            os.replace(part, target)
-        except OSError as error:
-            raise DetectorError(f"cannot be written: {error.strerror or error}", where=str(target),
-                                next_step="check folder, rights and free space") from error
-        finally:
-            part.unlink(missing_ok=True)
+        if os.path.exists(target) and not force:  # unlike Path.exists, quiet about a folder that may not be entered
+            raise DetectorError("there is a file of this name already", where=str(target),
+                                next_step="choose another name, or add --force")
+        with part_of(target) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, (_, text) in self.parts.items():
+                archive.writestr(name, text)
 
 
 def collect(config: Config, config_file: Path, *, redact_hosts: bool = False,

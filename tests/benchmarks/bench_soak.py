@@ -98,8 +98,7 @@ def malloc_in_use() -> int:
 async def serve(file: Path, trace: bool) -> None:
     """Run the service; a JSON line a second on stdout; "mark" on stdin remembers the memory, its end ends it."""
     from opcua_detector.config import load
-    from opcua_detector.service import Service
-    from opcua_detector.startup import set_apart_what_stays
+    from opcua_detector.service import Service, set_apart_what_stays
 
     set_apart_what_stays()
     service = Service(load(file), file)

@@ -99,6 +99,13 @@ class Rows:
         await self.until(lambda rows: len(rows.rows) >= target)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition on the running loop."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
 class Values:
     """What a second client sees of nodes, as a queue of (node text, value)."""
 
@@ -204,3 +211,12 @@ async def odd(cache: Path) -> AsyncIterator[OddServer]:
     await one.start()
     yield one
     await one.server.stop()
+
+
+@pytest_asyncio.fixture
+async def link(odd: OddServer) -> AsyncIterator[Session]:
+    """An open session to the server of odd types."""
+    one = Session(server_config(odd.endpoint))
+    await one.open()
+    yield one
+    await one.close()

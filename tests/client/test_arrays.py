@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from asyncua import Client, ua
 from asyncua.common.utils import Buffer
 from asyncua.ua.ua_binary import struct_to_binary
@@ -61,14 +60,6 @@ def subscribe(session: Session, seen: Seen, items: Sequence[Item], *, poll: bool
 
 def elements(node: str, *places: int, first: int = 0) -> list[Item]:
     return [Item(f"e{place}", node, first + k, element=place) for k, place in enumerate(places)]
-
-
-@pytest_asyncio.fixture
-async def link(odd: OddServer) -> AsyncIterator[Session]:
-    one = Session(server_config(odd.endpoint))
-    await one.open()
-    yield one
-    await one.close()
 
 
 def monitored(odd: OddServer) -> int:

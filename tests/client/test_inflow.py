@@ -19,7 +19,7 @@ from opcua_detector.client import GroupFeed, LinkState, Session, inflow, read_hi
 from opcua_detector.errors import ConnectionProblem
 from sim_server.testing import RunningPlant
 
-from .conftest import PLANT, WAIT_S, Rows, group_config, server_config
+from .conftest import PLANT, WAIT_S, Rows, group_config, server_config, until
 
 HEAD = struct.Struct("<4sI")
 CHANNEL = struct.Struct("<4sIIIII")  # type, size, channel, token, sequence number, request
@@ -166,12 +166,6 @@ class Relay:
             writer.write(CHANNEL.pack(b"MSGC", CHANNEL.size + len(ZEROS), channel, token, number, request + 1) + ZEROS)
             await writer.drain()
             self.sent += len(ZEROS)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_a_message_without_end_ends_the_connection_again_and_again_and_then_rows_go_on(

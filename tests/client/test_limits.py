@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from asyncua import ua
 from asyncua.common.utils import ServiceError
 from asyncua.server.internal_session import InternalSession
@@ -23,14 +21,6 @@ from .bounded import Bounds, add_many
 from .conftest import WAIT_S, OddServer, Rows, group_config, server_config
 
 N = 120
-
-
-@pytest_asyncio.fixture
-async def link(odd: OddServer) -> AsyncIterator[Session]:
-    one = Session(server_config(odd.endpoint))
-    await one.open()
-    yield one
-    await one.close()
 
 
 def tags_of(odd: OddServer, names: list[str]) -> tuple[TagConfig, ...]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from asyncua import ua
 from asyncua.server.subscription_service import SubscriptionService
 from hypothesis import given, settings
@@ -28,14 +26,6 @@ PERIOD = 50_000_000
 
 def polled(**changes: Any) -> GroupConfig:
     return group_config(**({"period": "50 ms", "sampling": "poll"} | changes))
-
-
-@pytest_asyncio.fixture
-async def link(odd: OddServer) -> AsyncIterator[Session]:
-    one = Session(server_config(odd.endpoint))
-    await one.open()
-    yield one
-    await one.close()
 
 
 def tags_of(odd: OddServer, names: list[str], **changes: Any) -> tuple[TagConfig, ...]:

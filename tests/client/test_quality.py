@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from asyncua import Client, ua
 
 from opcua_detector.client import GroupFeed, Session, wire
@@ -22,14 +20,6 @@ from .conftest import WAIT_S, OddServer, Rows, call, group_config, server_config
 S = 10**9
 HOUR = 3600 * S
 T0 = 1_700_000_000 * S
-
-
-@pytest_asyncio.fixture
-async def link(odd: OddServer) -> AsyncIterator[Session]:
-    one = Session(server_config(odd.endpoint))
-    await one.open()
-    yield one
-    await one.close()
 
 
 # --- the clock of the source ---

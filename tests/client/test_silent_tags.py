@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from asyncua import ua
 
 from opcua_detector.client import Item, LinkState, Session, Subscription, silence, subscription
@@ -16,23 +14,9 @@ from opcua_detector.client.items import Monitoring
 from opcua_detector.client.silence import Silence
 from opcua_detector.errors import ServerUnreachable
 
-from .conftest import WAIT_S, OddServer, server_config
+from .conftest import OddServer, server_config, until
 
 PERIOD = 50_000_000
-
-
-@pytest_asyncio.fixture
-async def link(odd: OddServer) -> AsyncIterator[Session]:
-    one = Session(server_config(odd.endpoint))
-    await one.open()
-    yield one
-    await one.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 class Last:

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from opcua_detector.client import pki, trust
-from opcua_detector.client.trust import Cause, Expected, Folder, TrustList
+from opcua_detector.client.certificate_checks import Cause, Expected
+from opcua_detector.client.trust import Folder, TrustList
 from opcua_detector.errors import AccessRefused, ConfigError
 
 from .certificates import NOW, SHA1, URI, Made, authority, crl, make
@@ -124,14 +125,14 @@ def test_cas_that_sign_each_other_in_circles_cost_no_minutes(
     listed: TrustList, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = 0
-    verify = trust._signed
+    verify = trust.signed
 
     def counted(below: x509.Certificate, ca: x509.Certificate) -> bool:
         nonlocal asked
         asked += 1
         return verify(below, ca)
 
-    monkeypatch.setattr(trust, "_signed", counted)
+    monkeypatch.setattr(trust, "signed", counted)
     ring = [authority(name=f"ring {i}") for i in range(2)]
     crossed = [authority(Made(ring[i % 2].certificate, ring[i % 2].key), name=f"ring {(i + 1) % 2}", days=(-1, 50 + i))
                for i in range(9)]

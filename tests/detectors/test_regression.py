@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from opcua_detector.api import Channel, Method, Plugin, Record, Tag, TagKind
-from opcua_detector.detectors import regression_fit
 from opcua_detector.detectors.regression import RegressionParams, RegressionPlugin
+from opcua_detector.detectors.regression_linear import blocks
 from opcua_detector.errors import ConfigError, ModelTagsError, RecordError
 from opcua_detector.fitting import fit_monitor
 from opcua_detector.model import load
@@ -375,11 +375,11 @@ def test_a_column_that_the_features_do_not_help_stays_linear():
 
 def test_blocks_are_contiguous_stretches_of_the_rows():
     rows = np.r_[0:5000, 7000:60_000]
-    got = regression_fit.blocks(rows, 2000)
+    got = blocks(rows, 2000)
     assert len(got) == 2000 and np.isin(got, rows).all()
     assert got[0] == 0 and got[-1] == 59_999
     assert (np.diff(np.searchsorted(rows, got)) == 1).sum() == 2000 - 20
-    assert_array_equal(regression_fit.blocks(rows[:100], 2000), rows[:100])
+    assert_array_equal(blocks(rows[:100], 2000), rows[:100])
 
 
 def test_the_fit_is_the_same_each_time_and_the_seed_chooses_the_features(lorenz):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from opcua_detector.detectors import regression_fit
-from opcua_detector.detectors.regression_fit import ENDS_PER_ROW, FEW_COLUMNS, gram
+from opcua_detector.detectors import regression_linear
+from opcua_detector.detectors.regression_linear import ENDS_PER_ROW, FEW_COLUMNS, gram
 from tests.detectors import oracle_regression as oracle
 
 D = FEW_COLUMNS + 4
@@ -27,7 +27,7 @@ def rows_of(runs):
 @pytest.mark.parametrize("runs", list(RUNS))
 @pytest.mark.parametrize(("lags", "chunk"), [(1, 8192), (3, 8192), (8, 8192), (3, 37), (8, 1)])
 def test_shifted_sums_of_products_are_those_of_the_oracle(runs, lags, chunk, monkeypatch):
-    monkeypatch.setattr(regression_fit, "CHUNK", chunk)
+    monkeypatch.setattr(regression_linear, "CHUNK", chunk)
     z = np.random.default_rng(3).standard_normal((400, D)) * np.geomspace(1e-3, 50.0, D) + 0.5
     rows = rows_of(RUNS[runs])
     assert_allclose(gram(z, rows, lags), oracle.gram(z, rows, lags), rtol=1e-10, atol=1e-9)
@@ -52,7 +52,7 @@ def test_the_ridge_of_a_singular_matrix_predicts_as_the_oracle_does(weight):
     x, y = inputs()
     whole = np.column_stack([x, y])
     total = whole.T @ whole
-    got = regression_fit._ridge(total, np.arange(6), 6, weight)
+    got = regression_linear._ridge(total, np.arange(6), 6, weight)
     assert np.isfinite(got).all()
     want = oracle.ridge(x, y, weight)
     assert_allclose(x @ got, x @ want, atol=1e-5 * np.abs(y).max())
@@ -73,10 +73,10 @@ def test_the_fallback_of_the_ridge_is_reached_and_the_usual_way_stands_beside_it
             raise
 
     monkeypatch.setattr(np.linalg, "cholesky", watched)
-    regression_fit._ridge(total, np.arange(6), 6, 1.0)
+    regression_linear._ridge(total, np.arange(6), 6, 1.0)
     assert not fell
     total[5, 5] -= 1e-4 * total[5, 5]  # what rounding can do, told plainly: an indefinite matrix
-    regression_fit._ridge(total, np.arange(6), 6, 1e-300)
+    regression_linear._ridge(total, np.arange(6), 6, 1e-300)
     assert fell
 
 
@@ -85,5 +85,5 @@ def test_the_fallback_of_the_ridge_is_reached_and_the_usual_way_stands_beside_it
 def test_the_ridge_of_some_entries_is_the_least_squares_of_their_columns(seen, weight):
     x, y = inputs()
     whole = np.column_stack([y, x[:, :3]])
-    got = regression_fit._ridge(whole.T @ whole, np.array(seen) + 1, 0, weight)
+    got = regression_linear._ridge(whole.T @ whole, np.array(seen) + 1, 0, weight)
     assert_allclose(got, oracle.ridge(x[:, seen], y, weight), rtol=1e-6)

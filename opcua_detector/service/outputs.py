@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .client import Finding, Session, WriteBack, raise_findings
-from .client.forward import EventsAway
-from .client.lease import LeaseKeeper, Role, instance_name
-from .client.write_rules import NO_RULES, WriteRules
-from .client.writeback import OUTSIDE
-from .config import Config, MonitorConfig, ServerConfig
-from .errors import ConfigError
-from .nodes import EVENTS_AWAY, INSECURE, LEASE
-from .store import AuditEntry, Event, Store
+from ..client import Finding, Session, WriteBack, raise_findings
+from ..client.forward import EventsAway
+from ..client.lease import LeaseKeeper, Role, instance_name
+from ..client.write_rules import NO_RULES, WriteRules
+from ..client.writeback import OUTSIDE
+from ..config import Config, MonitorConfig, ServerConfig
+from ..errors import ConfigError
+from ..nodes import EVENTS_AWAY, INSECURE, LEASE
+from ..store import AuditEntry, Event, Store
 
 log = logging.getLogger(__name__)
 

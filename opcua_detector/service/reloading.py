@@ -7,15 +7,15 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from .app import model_path, open_monitor, record_model, registry_of
-from .config import Config
-from .config import load as load_config
+from ..app import model_path, open_monitor, record_model, registry_of
+from ..config import Config
+from ..config import load as load_config
+from ..errors import DetectorError
+from ..feedback.live import LiveFeedback
+from ..model import load as load_model
+from ..store import AuditEntry, Store
 from .delivery import MonitorRun
-from .errors import DetectorError
-from .feedback.live import LiveFeedback
-from .model import load as load_model
 from .startup import config_hash
-from .store import AuditEntry, Store
 
 log = logging.getLogger(__name__)
 

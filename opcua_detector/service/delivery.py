@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .api import BAD_DATA_UNAVAILABLE, Explanation, Verdict
-from .client import WriteBack
-from .config import MonitorConfig
-from .engine import Monitor
-from .nodes import INSECURE, NO_SCORE, STATE_TEXTS, TOP, State
+from ..api import BAD_DATA_UNAVAILABLE, Explanation, Verdict
+from ..client import WriteBack
+from ..config import MonitorConfig
+from ..engine import Monitor
+from ..nodes import INSECURE, NO_SCORE, STATE_TEXTS, TOP, State
 
 EXPLAIN_AGAIN_NS = 1_000_000_000  # while an alert stands its explanation follows the situation this often
 SLOW_EVERY_NS = 1_000_000_000

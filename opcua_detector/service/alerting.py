@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from .api import Explanation, Verdict
+from ..api import Explanation, Verdict
+from ..explain import counterfactual_sentence
+from ..store import Event, Store
 from .delivery import MonitorRun
-from .explain import counterfactual_sentence
 from .outputs import EVENT_NO
-from .store import Event, Store
 
 log = logging.getLogger(__name__)
 

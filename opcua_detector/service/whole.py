@@ -13,35 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__
+from .. import __version__
+from ..api import Frame, Verdict
+from ..app import group_tags, model_path, record_model
+from ..client import ClockWatch, GroupFeed, LinkState, Session, WriteBack, raise_findings
+from ..client.lease import LeaseKeeper
+from ..config import Config, MonitorConfig
+from ..engine import Engine, Monitor
+from ..errors import ConnectionProblem
+from ..feedback.live import LiveFeedback
+from ..nodes import State
+from ..store import AuditEntry, Store
+from ..telemetry import Telemetry
 from .alerting import Alerting
-from .api import Frame, Verdict
-from .app import group_tags, model_path, record_model
-from .client import ClockWatch, GroupFeed, LinkState, Session, WriteBack, raise_findings
-from .client.lease import LeaseKeeper
-from .config import Config, MonitorConfig
-from .delivery import MonitorRun, known
-from .engine import Engine, Monitor
-from .errors import ConnectionProblem
-from .feedback.live import LiveFeedback
-from .nodes import State
+from .delivery import MonitorRun
 from .outages import ConnectionAlarms, GapFiller
-from .outputs import Outputs, Writing, writing_of
+from .outputs import Outputs, Writing
 from .reloading import Reloading
-from .startup import (
-    OpenMonitors,
-    check_nodes,
-    config_hash,
-    load_monitors,
-    open_store,
-    retention_of,
-    servers_of,
-    warm,
-)
-from .store import AuditEntry, Store
-from .telemetry import Telemetry
-
-__all__ = ["MonitorRun", "Service", "Writing", "check_nodes", "config_hash", "known", "retention_of", "writing_of"]
+from .startup import OpenMonitors, check_nodes, config_hash, load_monitors, open_store, servers_of, warm
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .api import Frame
-from .app import changed_since_fit, open_monitors
-from .client import Finding, Session, check_outputs, check_tags
-from .config import Config, MonitorConfig
-from .engine import Engine, Monitor
-from .store import Retention, Store
-from .store.schema import DamagedStore
+from ..api import Frame
+from ..app import changed_since_fit, open_monitors
+from ..client import Finding, Session, check_outputs, check_tags
+from ..config import Config, MonitorConfig
+from ..engine import Engine, Monitor
+from ..store import Retention, Store
+from ..store.schema import DamagedStore
 
 log = logging.getLogger(__name__)
 

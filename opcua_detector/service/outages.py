@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .alarms import ConnectionAlarm
-from .app import group_tags
-from .client import LinkState, Session
-from .client.forward import Gap, bounded, rows_of_gap
-from .config import GroupConfig
-from .errors import ConnectionProblem, DetectorError
-from .frames import iso_utc
-from .store import AuditEntry, Event, Store
+from ..alarms import ConnectionAlarm
+from ..app import group_tags
+from ..client import LinkState, Session
+from ..client.arrays import indexes_of
+from ..client.forward import Continuity, Gap, bounded, rows_of_gap
+from ..config import GroupConfig
+from ..errors import ConnectionProblem, DetectorError
+from ..frames import iso_utc
+from ..store import AuditEntry, Event, Store
 
 log = logging.getLogger(__name__)
 
@@ -87,18 +88,27 @@ class ConnectionAlarms:
                                      severity=SEVERITY, sentence=self._sentences.get(server, "")))
 
 
+def since_boot_ns() -> int:
+    """Return our clock for the length of outages: nobody sets it, and where the system has such a one it counts on
+    while the computer sleeps."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic_ns()
+
+
 @dataclass
 class GapFiller:
     """Fills the gaps in the recording of one group from the history of its servers.
 
     A gap is one of the whole group, whichever of its servers was away: all of them are asked for it, and rows are
-    made where each has something to tell. Where one keeps no history of a tag the gap stays.
+    made where each has something to tell. Where one keeps no history of a tag the gap stays. How long a gap can be is
+    known by our own clock (`client.forward.Continuity`), and no row is stored twice: neither those of a time that a
+    clock which was set brings once more, nor those that were stored before a connection was lost again.
 
     The rows are a recording of their own, whose note says where they come from. They are not scored: the verdicts of
     the time away were never given, and an alert of an hour ago asks nobody to act now; `replay` and `evaluate` judge
     them where somebody wants to know.
 
     most_ns : no more of a gap than this, its newest part; 0: gaps stay gaps
+    clock_ns : our clock, which nobody sets
 
     Attributes
     ----------
@@ -111,20 +121,21 @@ class GapFiller:
     store: Store
     most_ns: int
     settle_s: float = SETTLE_S
+    clock_ns: Callable[[], int] = since_boot_ns
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
         ("gaps_filled", "gaps_left", "backfilled_rows", "backfill_left_rows"), 0))
 
     def __post_init__(self) -> None:
-        self._last_ns = 0
-        self._gaps: asyncio.Queue[Gap] = asyncio.Queue(MOST_GAPS)
+        self._rows = Continuity(self.group.period, self.group.lateness_ns)
+        self._gaps: asyncio.Queue[list[Gap]] = asyncio.Queue(MOST_GAPS)
         self._task: asyncio.Task[None] | None = None
         self._told = ""
 
     def row(self, source_ns: int, gap: bool) -> None:
         """Take the time of a row; called on the loop for each."""
-        last, self._last_ns = self._last_ns, source_ns
-        if gap and last and source_ns - last >= 2 * self.group.period:
-            self._found(Gap(last, source_ns))
+        missing = self._rows.row(source_ns, gap, self.clock_ns())
+        if missing:
+            self._found(missing)
 
     async def stop(self) -> None:
         """Fill nothing more."""
@@ -133,86 +144,92 @@ class GapFiller:
             task.cancel()
             await asyncio.wait({task}, timeout=1.0)
 
-    def _found(self, gap: Gap) -> None:
+    def _found(self, missing: list[Gap]) -> None:
         if self._gaps.full():
-            self._left(gap, "too many gaps wait to be filled")
+            self._left(missing, "too many gaps wait to be filled")
             return
-        self._gaps.put_nowait(gap)
+        self._gaps.put_nowait(missing)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._fill_all(), name=f"gaps of {self.group.name}")
 
     async def _fill_all(self) -> None:
         while not self._gaps.empty():
-            gap = self._gaps.get_nowait()
+            missing = self._gaps.get_nowait()
             try:
-                await self._fill(gap)
+                await self._fill(missing)
             except Exception as error:  # one gap that cannot be filled must not end the others
                 log.exception("group %s: a gap could not be filled", self.group.name)
-                self._left(gap, repr(error))
+                self._left(missing, repr(error))
 
-    async def _fill(self, gap: Gap) -> None:
+    async def _fill(self, missing: list[Gap]) -> None:
+        """Read back one gap: what is missing of it at one or at both of its ends."""
         if self.most_ns <= 0:
-            self._left(gap, "backfill is 0")
+            self._left(missing, "backfill is 0")
             return
         n_tags, period_ns = len(self.group.tags), self.group.period
-        part = bounded(gap, n_tags, period_ns, self.most_ns)
-        beyond = gap.rows(period_ns) - part.rows(period_ns)
+        wanted = [part for gap in missing for part in self._rows.without(gap)]
+        parts = [bounded(part, n_tags, period_ns, self.most_ns) for part in wanted]
+        n_wanted = sum(part.rows(period_ns) for part in wanted)
+        beyond = n_wanted - sum(part.rows(period_ns) for part in parts)
         if beyond > 0:
             self.counters["backfill_left_rows"] += beyond
             log.warning("group %s: a gap of %d rows is longer than what is read back: its first %d rows stay missing",
-                        self.group.name, gap.rows(period_ns), beyond)
-        rows, why = 0, "the history has nothing of it"
-        for k in range(_TRIES):
+                        self.group.name, n_wanted, beyond)
+        before, why = self.counters["backfilled_rows"], "the history has nothing of it"
+        for k in range(_TRIES if parts else 0):
             await asyncio.sleep(self.settle_s if k == 0 else _AGAIN_S)
             try:
-                rows += await self._read(part)
+                for part in parts:
+                    for left in self._rows.without(part):  # of what an earlier try has stored nothing is read again
+                        await self._read(left)
                 break
             except ConnectionProblem as problem:
                 why = problem.what
             except DetectorError as problem:  # no history of a tag: asking again would not help
                 why = problem.what
                 break
+        rows = self.counters["backfilled_rows"] - before
         if rows == 0:
-            self._left(gap, why)
+            self._left(missing, why if parts else "the rows of these times are there already")
             return
         self.counters["gaps_filled"] += 1
-        self._audit("gap filled", gap, {"rows": rows, "of": gap.rows(period_ns)})
+        self._audit("gap filled", missing, {"rows": rows, "of": n_wanted})
         log.warning("group %s: %d of %d rows from %s to %s were read back from the history of %s", self.group.name,
-                    rows, gap.rows(period_ns), iso_utc(gap.after_ns), iso_utc(gap.before_ns), ", ".join(self._servers))
+                    rows, n_wanted, iso_utc(missing[0].after_ns), iso_utc(missing[-1].before_ns),
+                    ", ".join(self._servers))
 
     @property
     def _servers(self) -> list[str]:
         return list(dict.fromkeys(tag.server or self.group.server for tag in self.group.tags))
 
-    async def _read(self, part: Gap) -> int:
-        """Read one gap and store it; return how many rows there were. What was stored before an error stays."""
-        rows = 0
-        begin = part.after_ns
+    async def _read(self, part: Gap) -> None:
+        """Read a part of a gap and store it. What was stored before an error stays, and is known to be there."""
         sources = [self.sessions[tag.server or self.group.server] for tag in self.group.tags]
         async for record in rows_of_gap(sources, group_tags(self.group), part, self.group.period,
-                                        lateness_ns=self.group.lateness_ns, max_hold=self.group.max_hold):
-            name = f"{self.group.name} backfill {iso_utc(int(record.source_ns[0]))[:23]}Z"
+                                        lateness_ns=self.group.lateness_ns, max_hold=self.group.max_hold,
+                                        indexes=indexes_of(self.group)):
+            first_ns, last_ns = int(record.source_ns[0]), int(record.source_ns[-1])
+            name = f"{self.group.name} backfill {iso_utc(first_ns)[:23]}Z"
             note = f"backfill: read from the history of {', '.join(self._servers)} after a gap, not scored"
             await asyncio.to_thread(self.store.write_record, name, record, group=self.group.name,
                                     server=self.group.server, note=note)
-            begin = int(record.source_ns[-1])
-            rows += len(record)
+            self._rows.add(first_ns, last_ns)
             self.counters["backfilled_rows"] += len(record)
-        log.debug("group %s: the gap is read up to %s", self.group.name, iso_utc(begin))
-        return rows
+            log.debug("group %s: the gap is read up to %s", self.group.name, iso_utc(last_ns))
 
-    def _left(self, gap: Gap, why: str) -> None:
+    def _left(self, missing: list[Gap], why: str) -> None:
         """Note that a gap stays one: the recording marks it by its gap flag."""
         self.counters["gaps_left"] += 1
-        self._audit("gap left", gap, {"why": why})
+        self._audit("gap left", missing, {"why": why})
         if why != self._told:  # once for each reason: a server without history is one line
             self._told = why
-            log.warning("group %s: the gap from %s to %s stays one: %s", self.group.name, iso_utc(gap.after_ns),
-                        iso_utc(gap.before_ns), why)
+            log.warning("group %s: the gap from %s to %s stays one: %s", self.group.name, iso_utc(missing[0].after_ns),
+                        iso_utc(missing[-1].before_ns), why)
 
-    def _audit(self, action: str, gap: Gap, more: dict[str, Any]) -> None:
+    def _audit(self, action: str, missing: list[Gap], more: dict[str, Any]) -> None:
         try:
             self.store.record_audit(AuditEntry("service", action, {
-                "group": self.group.name, "after": gap.after_ns, "before": gap.before_ns, **more}), timeout_s=None)
+                "group": self.group.name, "after": missing[0].after_ns, "before": missing[-1].before_ns, **more}),
+                timeout_s=None)
         except DetectorError as error:  # the store is being closed
             log.debug("group %s: %s is not in the audit: %s", self.group.name, action, error)

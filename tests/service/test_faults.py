@@ -19,10 +19,10 @@ from opcua_detector.client import LinkState
 from opcua_detector.client.observer import Observer
 from opcua_detector.client.write_rules import WriteRules
 from opcua_detector.config import load
-from opcua_detector.delivery import fail_words
 from opcua_detector.errors import NodeProblem, StoreError
 from opcua_detector.nodes import NO_SCORE, SIGNALS, State
 from opcua_detector.service import MonitorRun, Writing
+from opcua_detector.service.delivery import fail_words
 from opcua_detector.store import Event, Store
 from sim_server.testing import RunningPlant, running_plant
 
