@@ -112,6 +112,12 @@ class AccessRefused(ConnectionProblem):
     """The server refuses the user, the certificate or the policy."""
 
 
+class LoginRefused(AccessRefused):
+    """The server refuses the user name and password, or the user certificate; trying often may lock the account."""
+
+    exit_code = 10
+
+
 class NodeProblem(ConnectionProblem):
     """A node is not found, not readable, not writable or of the wrong type."""
 

@@ -13,7 +13,7 @@ from running import tag
 
 from opcua_detector.api import Tag
 from opcua_detector.client import Session, forward, read_history
-from opcua_detector.client.forward import MOST_CHARS, EventsAway, Gap, bounded, rows_of_gap
+from opcua_detector.client.forward import MOST_CHARS, Continuity, EventsAway, Gap, bounded, rows_of_gap
 from opcua_detector.config import ServerConfig
 from opcua_detector.errors import NodeProblem
 from opcua_detector.frames import iso_utc
@@ -82,6 +82,102 @@ def test_of_a_long_gap_the_newest_part_is_read(rows: int, n_tags: int, most_rows
     assert part.rows(period) <= min(rows, most_rows) and part.rows(period) * n_tags <= forward.MOST_VALUES
     if most_rows >= rows + 1 and (rows + 1) * n_tags <= forward.MOST_VALUES:
         assert part == gap
+
+
+PERIOD = 10**7
+HOUR = 3600 * S
+
+
+class Source:
+    """A plant's rows as a group gets them: a clock that is set, rows that are late, times without a connection."""
+
+    def __init__(self, clock_ns: int = T0) -> None:
+        self.here = Continuity(PERIOD, PERIOD)
+        self.ahead_ns = clock_ns  # clock of the source less ours, which begins at 0
+        self.now_ns = 0
+        self.live: list[int] = []
+
+    def run(self, rows: int, *, late_ns: int = 0, gap: bool = False) -> list[Gap]:
+        """Let rows come, the first of them behind a gap; return what is missing before it."""
+        found: list[Gap] = []
+        for k in range(rows):
+            self.now_ns += PERIOD
+            stamp = self.now_ns + self.ahead_ns
+            missing = self.here.row(stamp, (gap or not self.live) and k == 0, self.now_ns + late_ns)
+            assert k == 0 or not missing
+            found += missing
+            self.live.append(stamp)
+        return found
+
+
+def test_a_gap_is_what_passed_by_our_clock_whatever_the_source_says_of_the_time() -> None:
+    plant = Source()
+    assert plant.run(1000) == []
+    plant.now_ns += 60 * S
+    assert plant.run(1000, gap=True) == [Gap(plant.live[999], plant.live[1000])]
+    plant.ahead_ns += HOUR  # the clock is set forward, and nothing is missed
+    assert plant.run(1000, gap=True) == []
+    plant.ahead_ns -= HOUR  # and right again
+    assert plant.run(1000, gap=True) == []
+    plant.ahead_ns -= HOUR
+    assert plant.run(1000, gap=True) == []
+    plant.ahead_ns += HOUR  # the hour between is full of rows that are there
+    assert plant.run(1000, gap=True) == []
+    plant.now_ns += 60 * S  # it is set while there is no connection
+    plant.ahead_ns += HOUR
+    first, second = plant.run(1000, gap=True)
+    assert first.after_ns == plant.live[-1001] and second.before_ns == plant.live[-1000]
+    assert all(60 * S <= gap.before_ns - gap.after_ns <= 63 * S for gap in (first, second))
+
+
+def test_rows_that_came_late_before_the_connection_was_lost_do_not_shorten_the_gap() -> None:
+    plant = Source()
+    plant.run(500)
+    plant.run(500, late_ns=8 * S)  # the last ones before the loss had been under way for 8 s
+    plant.now_ns += 20 * S
+    (gap,) = plant.run(10, gap=True)
+    assert gap == Gap(plant.live[999], plant.live[1000]) and 20 * S <= gap.before_ns - gap.after_ns < 21 * S
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(20, 300), st.integers(0, 90),
+                          st.sampled_from([-HOUR, -60 * S, 0, 0, 60 * S, HOUR])), max_size=8))
+def test_what_is_looked_for_is_never_there_already_and_never_longer_than_the_outage(
+    outages: list[tuple[int, int, int]],
+) -> None:
+    plant = Source()
+    plant.run(300)
+    stored: list[tuple[int, int]] = []
+    for rows, away_s, jump_ns in outages:
+        plant.now_ns += away_s * S
+        plant.ahead_ns += jump_ns
+        missing = plant.run(rows, gap=True)
+        parts = [part for gap in missing for part in plant.here.without(gap)]
+        looked_for = sum(part.before_ns - part.after_ns for part in parts)
+        assert looked_for <= 2 * (away_s * S + 2 * S) if jump_ns else looked_for <= (away_s + 1) * S
+        if jump_ns == 0 and away_s > 1:  # all that is missing and not there by another time of the same name
+            at = {stamp // PERIOD for stamp in plant.live} | {k for a, b in stored for k in range(a, b + 1)}
+            lost = set(range(plant.live[-rows - 1] // PERIOD + 1, plant.live[-rows] // PERIOD)) - at
+            reached = {k for one in parts for k in range(one.after_ns // PERIOD + 1, one.before_ns // PERIOD)}
+            assert lost <= reached
+        for part in parts:
+            inside = [one for one in plant.live if part.after_ns < one < part.before_ns]
+            assert not inside
+            assert not any(a < part.before_ns // PERIOD and b > part.after_ns // PERIOD for a, b in stored)
+        for part in parts:  # all of it is read back
+            first, last = part.after_ns + PERIOD, part.before_ns - PERIOD
+            plant.here.add(first, last)
+            stored.append((first // PERIOD, last // PERIOD))
+
+
+def test_what_is_there_is_remembered_within_bounds() -> None:
+    here = Continuity(PERIOD, PERIOD)
+    for k in range(3 * forward.MOST_SPANS):
+        here.add(T0 + k * HOUR, T0 + k * HOUR + S)
+    newest = T0 + (3 * forward.MOST_SPANS - 1) * HOUR
+    assert here.without(Gap(newest - S, newest + 2 * S)) == [Gap(newest - S, newest), Gap(newest + S, newest + 2 * S)]
+    assert here.without(Gap(newest, newest + S)) == []
+    assert here.without(Gap(T0 - S, T0 + 2 * S)) == [Gap(T0 - S, T0 + 2 * S)]  # forgotten
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from running import cli, content, until, wait_for, write
 from opcua_detector import __version__
 from opcua_detector.client import ClockOffset, LinkState, Session, measure_clock
 from opcua_detector.config import ServerConfig, load, parse
-from opcua_detector.errors import ConfigError, ModelError
+from opcua_detector.errors import ConfigError, LoginRefused, ModelError
 from opcua_detector.nodes import State
 from opcua_detector.service import Service
 from opcua_detector.telemetry import Notifier, Pulse, Redactor, configure_logging
@@ -592,7 +592,8 @@ def test_the_unit_asks_for_what_the_service_tells_and_keeps_it_in_its_place(tmp_
     assert given["User"] not in ("root", "0")
     assert "MemoryDenyWriteExecute" not in given  # the kernels are compiled in the process
     # Exit codes of the product that a new start does not mend.
-    assert given["RestartPreventExitStatus"].split() == [str(ConfigError.exit_code), str(ModelError.exit_code)]
+    assert given["RestartPreventExitStatus"].split() == [
+        str(kind.exit_code) for kind in (ConfigError, ModelError, LoginRefused)]
     analyze = shutil.which("systemd-analyze")
     if analyze is not None:  # where systemd is, it judges the unit itself
         unit = tmp_path / UNIT.name

@@ -44,6 +44,7 @@ else {
     & $Nssm set $Name AppExit Default Restart
     & $Nssm set $Name AppExit 2 Exit          # the configuration is wrong: starting again does not mend it
     & $Nssm set $Name AppExit 4 Exit          # a model or plugin likewise
+    & $Nssm set $Name AppExit 10 Exit         # the password is refused: trying again would lock the account
     & $Nssm set $Name AppRestartDelay 5000
     & $Nssm set $Name AppStopMethodConsole 20000   # Ctrl-C, and time to say "stopped" in the nodes
     & $Nssm set $Name AppStderr (Join-Path $folder "service.log")

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 unexpected failure, or feedback refused; 2 configuration or usage; 3 record of rows; 4 model or
 plugin; 5 store; 6 server or access; 7 node; 8 simulator; 9 a check, doctor or demonstration found something wrong;
-130 interrupted.
+10 the login is refused; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ Exit codes:
   7    node
   8    simulator
   9    check, doctor or demo found something wrong
+  10   the server refuses the user or the password
   130  interrupted
 
 Results go to stdout, progress and errors to stderr.

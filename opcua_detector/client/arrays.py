@@ -13,11 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import GroupConfig
 from . import wire
 
 Int32 = NDArray[np.int32]
 # (int32[m] element by handle, columns to fill) -> the values of an answer that is at hand
 Decode = Callable[[Int32, wire.Columns], wire.Samples]
+
+
+def indexes_of(group: GroupConfig) -> dict[str, int]:
+    """Return name of a tag -> its place in the array that its node is; scalars are left out."""
+    return {tag.name: tag.index for tag in group.tags if tag.index is not None}
 
 
 class Fan:

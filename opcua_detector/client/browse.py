@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from asyncua import ua
 
-from ..errors import DetectorError
+from ..errors import DetectorError, NodeProblem
 from . import wire
 from .history import read_samples
 from .limits import in_batches
-from .nodes import NodeFacts, NodeRef, nsu_text, read_facts, resolve_one
+from .nodes import NodeFacts, NodeRef, nsu_text, read_attributes, read_facts, resolve, resolve_one
 from .session import Session
 
+ENOUGH_MOVES = 3  # the least from which `columns.suggest_kind` tells a value that only goes up
 _BATCH = 100
 _SERVER = 2253  # i=2253, the Server object: diagnostics that nobody monitors
 
@@ -203,11 +204,14 @@ async def recent_values(
     span_ns: int = 60 * 10**9,
     polls: int = 20,
     poll_s: float = 0.1,
+    most_s: float = 8.0,
 ) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     """Return node -> (source_ns int64[m], value float64[m]) of the last `span_ns`, for telling kinds of tags
     apart.
 
-    From history where the server has it, otherwise from `polls` reads.
+    From history where the server has it, otherwise from `polls` reads. Nodes that have moved by then, and too seldom
+    for a verdict on how (`ENOUGH_MOVES`), are read on until each of them has, or `most_s` seconds are over since the
+    first read: what a counter that steps once a second is called must not depend on the moment it was looked at.
     """
     values: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     polled: list[BrowsedNode] = []
@@ -222,15 +226,42 @@ async def recent_values(
         else:
             polled.append(one)
     if polled:
-        refs = [await resolve_one(session, one.node) for one in polled]
-        rounds = []
-        for i in range(polls):
-            if i:
-                await asyncio.sleep(poll_s)
-            rounds.append(await read_facts(session, refs))
-        for i, one in enumerate(polled):
-            values[one.node] = (
-                np.array([facts[i].source_ns for facts in rounds], np.int64),
-                np.array([facts[i].value for facts in rounds], np.float64),
-            )
+        values |= await _poll(session, [one.node for one in polled], polls, poll_s, most_s)
     return values
+
+
+async def _poll(
+    session: Session, nodes: Sequence[str], polls: int, poll_s: float, most_s: float
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Read nodes again and again, see `recent_values`; all that are read on have as many values as each other."""
+    watched: dict[str, NodeRef] = {}
+    for node, ref in (await resolve(session, nodes)).items():
+        if isinstance(ref, NodeProblem):
+            raise ref
+        watched[node] = ref
+    reads: dict[str, list[tuple[int, float]]] = {node: [] for node in watched}
+    clock = asyncio.get_running_loop()
+    end = clock.time() + most_s
+    done = 0
+    while watched:
+        if done:
+            await asyncio.sleep(poll_s)
+        wanted = [(ref.id, ua.AttributeIds.Value) for ref in watched.values()]
+        for node, value in zip(watched, await read_attributes(session, wanted), strict=True):
+            number = float("nan") if value.Value is None else wire.to_number(value.Value.Value)
+            reads[node].append((wire.to_ns(value.SourceTimestamp), number))
+        done += 1
+        if done == polls:
+            watched = {node: ref for node, ref in watched.items() if 0 < _moves(reads[node]) < ENOUGH_MOVES}
+        if done >= polls and (clock.time() >= end or all(_moves(reads[node]) >= ENOUGH_MOVES for node in watched)):
+            break
+    return {
+        node: (np.array([stamp for stamp, _ in got], np.int64), np.array([number for _, number in got], np.float64))
+        for node, got in reads.items()
+    }
+
+
+def _moves(reads: Sequence[tuple[int, float]]) -> int:
+    """Count how often a value has changed from one read to the next."""
+    known = np.array([number for _, number in reads])
+    return int(np.count_nonzero(np.diff(known[np.isfinite(known)])))

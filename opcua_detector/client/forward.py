@@ -6,22 +6,23 @@ of the history go into the store, marked as such; they are not scored: an alert 
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
 from ..api import Record, Tag
 from ..errors import RecordError
-from ..frames import iso_utc
-from .history import read_samples, rows_of_samples
+from ..frames import START_PERIODS, iso_utc
+from .history import read_tags, rows_of_samples
 from .session import Session
-from .wire import Samples
 
 MOST_EVENTS, MOST_CHARS = 100, 2000
 SLICE_VALUES, MOST_VALUES = 200_000, 10_000_000  # of history: at once, and of one gap
+MOST_SPANS = 256  # of rows that are there, in memory: as many outages that could not be filled
+_CLOCK_NS = 10**9  # what our clock and the source's may differ over an outage, and rows be late, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +118,101 @@ def bounded(gap: Gap, n_tags: int, period_ns: int, most_ns: int) -> Gap:
     return Gap(max(gap.after_ns, gap.before_ns - reach_ns), gap.before_ns)
 
 
+class Continuity:
+    """Which rows of a group are there, and what is missing between two of them.
+
+    By the stamps of the source a gap may be anything: a clock that was set an hour forward leaves a hole of an hour in
+    which nothing ever was, one that is set right again leaves one that is full of rows that are there. What was missed
+    is what passed by our own clock while no row came. So a gap of the stamps that is longer than this outage is one of
+    the source's clock, and only as much time as the outage lasted is looked for at either end of it: before the clock
+    was set its stamps continue the row before the gap, after that they lead to the row behind it.
+
+    Our clock shows how late a row comes, too: the source is taken to be as far ahead of us as its most punctual row
+    since the last gap was. A row that came late before an outage does not shorten it.
+
+    Parameters
+    ----------
+    period_ns, lateness_ns : of the group
+    """
+
+    def __init__(self, period_ns: int, lateness_ns: int) -> None:
+        self._period_ns = period_ns
+        self._tolerance_ns = max(_CLOCK_NS, 2 * period_ns + lateness_ns)
+        # Rows begin anew after a clock was set: the first one is told when it has that many behind it.
+        self._least_ns = max(_CLOCK_NS, (START_PERIODS + 3) * period_ns + lateness_ns)
+        self._first_ns: int | None = None  # of the rows that follow each other now
+        self._last_ns = 0
+        self._ahead_ns = 0  # stamp of the most punctual of them, less our clock
+        self._spans: list[tuple[int, int]] = []  # of earlier ones, and of what was read back; in order, none overlaps
+
+    def row(self, source_ns: int, gap: bool, now_ns: int) -> list[Gap]:
+        """Take the time of a live row; return what is missing before it, oldest first.
+
+        source_ns : its stamp; gap : it does not continue the row before; now_ns : our clock, monotonic
+        """
+        if not gap and self._first_ns is not None:
+            self._last_ns = source_ns
+            self._ahead_ns = max(self._ahead_ns, source_ns - now_ns)
+            return []
+        missing = self._missing_before(source_ns, now_ns)
+        if self._first_ns is not None:
+            self.add(self._first_ns, self._last_ns)
+        self._first_ns = self._last_ns = source_ns
+        self._ahead_ns = source_ns - now_ns
+        return missing
+
+    def _missing_before(self, source_ns: int, now_ns: int) -> list[Gap]:
+        if self._first_ns is None:
+            return []
+        last_ns = self._last_ns
+        away_ns = now_ns + self._ahead_ns - last_ns
+        whole = Gap(last_ns, source_ns)
+        if last_ns < source_ns <= last_ns + away_ns + self._tolerance_ns:
+            return [whole] if whole.rows(self._period_ns) else []
+        if away_ns < self._least_ns:
+            return []  # the clock was set, and nothing was away
+        reach_ns = away_ns + self._tolerance_ns
+        if source_ns <= last_ns:  # set back: stamps of the outage are those of rows before it, too
+            return [Gap(last_ns, last_ns + reach_ns), Gap(source_ns - reach_ns, source_ns)]
+        if 2 * reach_ns >= source_ns - last_ns:
+            return [whole]
+        return [Gap(last_ns, last_ns + reach_ns), Gap(source_ns - reach_ns, source_ns)]
+
+    def add(self, first_ns: int, last_ns: int) -> None:
+        """Take note of rows from a stamp to another that are stored."""
+        joined = [(first_ns, last_ns)]
+        for begin, end in self._spans:
+            if begin <= last_ns + self._period_ns and end >= first_ns - self._period_ns:
+                first_ns, last_ns = min(first_ns, begin), max(last_ns, end)
+                joined[0] = (first_ns, last_ns)
+            else:
+                joined.append((begin, end))
+        self._spans = sorted(joined)[-MOST_SPANS:]
+
+    def without(self, gap: Gap) -> list[Gap]:
+        """Return the parts of a gap of which no row is there, oldest first."""
+        spans = list(self._spans)
+        if self._first_ns is not None:
+            spans.append((self._first_ns, self._last_ns))
+        after_ns, parts = gap.after_ns, []
+        for begin, end in sorted(spans):
+            if end < after_ns or begin > gap.before_ns:
+                continue
+            parts.append(Gap(after_ns, begin))
+            after_ns = max(after_ns, end)
+        parts.append(Gap(after_ns, gap.before_ns))
+        return [one for one in parts if one.rows(self._period_ns)]
+
+
 async def rows_of_gap(
-    sources: Sequence[Session], tags: Sequence[Tag], gap: Gap, period_ns: int, *, lateness_ns: int, max_hold: int
+    sources: Sequence[Session], tags: Sequence[Tag], gap: Gap, period_ns: int, *, lateness_ns: int, max_hold: int,
+    indexes: Mapping[str, int] = MappingProxyType({}),
 ) -> AsyncIterator[Record]:
     """Yield the rows that the history has of a gap, oldest first, in slices; none lies outside of it.
 
     sources : of each tag, in the order of the tags, the session whose history has it. Tags of several servers become
         rows by their SourceTimestamps, as they do live.
+    indexes : name of a tag -> its place in the array that its node is
 
     Raises NodeProblem where a server keeps no history of a tag, ConnectionProblem where a connection is lost.
     """
@@ -135,7 +224,7 @@ async def rows_of_gap(
         end_ns = min(start_ns + span_ns, last_ns)
         begin_ns = start_ns - lead_ns
         try:
-            samples = await _samples(sources, [tag.node for tag in tags], begin_ns, end_ns)
+            samples = await read_tags(sources, tags, begin_ns, end_ns, indexes=indexes)
             record = rows_of_samples(tags, samples, (begin_ns, end_ns), period_ns, lateness_ns=lateness_ns,
                                      max_hold=max_hold)
         except RecordError:  # nothing in this slice: a gap stays a gap
@@ -145,18 +234,3 @@ async def rows_of_gap(
         if len(inside):
             yield record.take(inside)
         start_ns = end_ns
-
-
-async def _samples(sources: Sequence[Session], nodes: Sequence[str], start_ns: int, end_ns: int) -> list[Samples]:
-    """Read the samples of each node from its server, from all servers at once."""
-    of: dict[Session, list[int]] = {}
-    for k, session in enumerate(sources):
-        of.setdefault(session, []).append(k)
-    read = await asyncio.gather(*(read_samples(session, [nodes[k] for k in chosen], start_ns, end_ns)
-                                  for session, chosen in of.items()), return_exceptions=True)
-    found: dict[int, Samples] = {}
-    for chosen, samples in zip(of.values(), read, strict=True):
-        if isinstance(samples, BaseException):
-            raise samples
-        found |= dict(zip(chosen, samples, strict=True))
-    return [found[k] for k in range(len(nodes))]

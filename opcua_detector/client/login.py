@@ -1,18 +1,28 @@
-"""Logs in to one server: socket, hello, secure channel, session; and tells what a refusal means."""
+"""Logs in to one server: socket, hello, secure channel, session; and tells what a refusal means.
+
+A user name or user certificate that was refused is shown to the server again only after a pause (`refusals`).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import os
+import random
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from asyncua import Client
 from asyncua.ua.uaerrors import UaError
 
 from ..config import ServerConfig
-from ..errors import AccessRefused, ConnectionProblem, DetectorError, ServerUnreachable
+from ..errors import AccessRefused, ConnectionProblem, DetectorError, LoginRefused, ServerUnreachable
 from . import inflow, pki, secure, wire
+from .refusals import MOST_TRIES, Refusals
 from .waiting import farewell, within
 
 ENDING_S = 1.0  # at most, of the time-out, for a farewell, and for tasks that are cancelled on closing
@@ -49,6 +59,15 @@ _ACCESS = frozenset(
 _USER = frozenset({"BadUserAccessDenied", "BadIdentityTokenInvalid", "BadIdentityTokenRejected"})
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A login that is held back: for how many seconds, whether that is news for the log, and the words for it."""
+
+    left_s: float
+    news: bool
+    what: str
+
+
 class Login:
     """How to log in to the endpoints of one server, or of one redundant set.
 
@@ -56,21 +75,28 @@ class Login:
     ----------
     config : endpoints, policy, login, time-out
     on_refused : called with the error when a connection is dropped because the server sends too much (`inflow`)
+    rng : how much longer than they must be the pauses after a refused login are
 
     Attributes
     ----------
     endpoints : tuple of str; the configured one first
     securities : endpoint -> Security; policy, certificates and warnings
+    refusals : endpoint -> Refusals; of the login
     timeout_s : of each step
     leaving : tasks that say goodbye
     """
 
-    def __init__(self, config: ServerConfig, on_refused: Callable[[ConnectionProblem], None]) -> None:
+    def __init__(
+        self, config: ServerConfig, on_refused: Callable[[ConnectionProblem], None], rng: random.Random | None = None
+    ) -> None:
         self.config = config
         self.endpoints = (config.endpoint, *config.endpoints)
         self.securities = {
             one: secure.Security(config.model_copy(update={"endpoint": one})) for one in self.endpoints
         }
+        rng = rng or random.Random()
+        self.refusals = {one: Refusals(rng) for one in self.endpoints}
+        self._salt = os.urandom(16)
         self.timeout_s = config.timeout / 1e9
         self.leaving: set[asyncio.Task[None]] = set()
         self._on_refused = on_refused
@@ -85,8 +111,16 @@ class Login:
         return inflow.bounded_client(endpoint, self.timeout_s, self._on_refused, where, self.config.max_message_size)
 
     async def log_in(self, client: Client, endpoint: str) -> None:
-        """Connect a client and activate a session; raises ConnectionProblem, and then nothing is left of it."""
+        """Connect a client and activate a session; raises ConnectionProblem, and then nothing is left of it.
+
+        While a login that was refused is held back nothing is sent, and LoginRefused says so.
+        """
         config, security, where = self.config, self.securities[endpoint], self.where(endpoint)
+        mark, refusals = await self._mark(), self.refusals[endpoint]
+        left_s = refusals.left_s(mark)
+        if left_s > 0.0:
+            raise LoginRefused(f"{refusals.what}; not tried again before {_at(left_s)}", where=where,
+                               next_step=self._access_step("BadUserAccessDenied"))
         client.name = client.description = "opcua-detector"
         client.product_uri = "urn:opcua-detector"
         client.session_timeout = SESSION_TIMEOUT_MS
@@ -100,9 +134,55 @@ class Login:
             await self._stage(client, client.open_secure_channel(), "open a secure channel", endpoint)
             await self._stage(client, wire.start_session(client), "create and activate a session", endpoint)
             client.set_password("")  # not needed any more, and in nobody's memory dump
-        except BaseException:
+            refusals.taken()
+        except BaseException as error:
             wire.abandon(client)
+            if mark and isinstance(error, AccessRefused) and type(error.__cause__).__name__ in _USER:
+                refusals.refused(mark, error.what)
+                raise LoginRefused(error.what, where=error.where, next_step=error.next_step) from error.__cause__
             raise
+
+    async def held_back(self) -> Held | None:
+        """Return for how long no endpoint may be shown the login; None where one may.
+
+        Where the secret has changed since it was refused it may be shown.
+        """
+        mark = await self._mark()
+        left_s, endpoint = min((one.left_s(mark), endpoint) for endpoint, one in self.refusals.items())
+        if left_s <= 0.0:
+            return None
+        refusals = self.refusals[endpoint]
+        times = "once" if refusals.in_a_row == 1 else f"{refusals.in_a_row} times in a row"
+        then = ", then every 5 minutes" if refusals.in_a_row >= MOST_TRIES else ""
+        return Held(left_s, refusals.news, (
+            f"{refusals.what} ({times}); so as not to lock the account the next try is at {_at(left_s)}{then}, or as "
+            "soon as the secret changes or the configuration is reloaded"))
+
+    def forgive(self) -> None:
+        """Let a login that was refused be tried again at once."""
+        for refusals in self.refusals.values():
+            refusals.forgive()
+
+    async def _mark(self) -> bytes:
+        """Return a mark of the secret as it is now: another one for another secret, empty for an anonymous session."""
+        config = self.config
+        if not config.user and config.user_certificate is None:
+            return b""
+        return await asyncio.to_thread(self._mark_now)
+
+    def _mark_now(self) -> bytes:
+        config, mark = self.config, hashlib.blake2b(key=self._salt)
+        try:
+            if config.user:
+                mark.update(config.password().encode("utf-8", "surrogateescape"))
+            else:
+                assert config.user_certificate is not None and config.user_key is not None
+                for part in (config.user_certificate.read_bytes(), config.user_key.read_bytes(),
+                             (config.user_key_password() or "").encode("utf-8", "surrogateescape")):
+                    mark.update(len(part).to_bytes(8, "big") + part)
+        except (DetectorError, OSError):
+            return b"unreadable"  # nothing of it can be sent: the log-in tells why
+        return mark.digest()
 
     async def discover(self, endpoint: str) -> secure.Discovery:
         """Ask a server for its endpoints and its time, over a channel of its own; no login, nothing is checked."""
@@ -209,6 +289,11 @@ class Login:
             f"let the server trust this client's certificate ({pki.certificate_file(self.config.pki)}), "
             "and check server_certificate"
         )
+
+
+def _at(left_s: float) -> str:
+    """Return the time of day in so many seconds as text, UTC."""
+    return f"{datetime.fromtimestamp(time.time() + left_s, UTC):%Y-%m-%d %H:%M:%S}Z"
 
 
 async def _say_goodbye(client: Client, timeout_s: float) -> None:

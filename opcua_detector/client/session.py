@@ -3,7 +3,8 @@
 Why our own loop: asyncua's `auto_reconnect` keeps NodeIds by the old namespace index, drops items that fail
 and can answer a reused session with a thousand calls a second. Here a lost connection is thrown away whole; a
 new asyncua client is made, namespaces are read anew, and every attached part (subscription, write-back)
-builds what it needs again in its `link_up`.
+builds what it needs again in its `link_up`. Only a login that the server refuses is not repeated every few seconds
+(`refusals`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 5.0
 PROBE_S = 5.0  # an idle session is asked for its state this often
+LOOK_S = 1.0  # while a refused login is held back, it is looked this often whether the secret is another one
 _T = TypeVar("_T")
 
 _DEAD = frozenset(
@@ -96,7 +98,8 @@ class Session:
         self.config = config
         self.endpoint = config.endpoint
         self.endpoints = (config.endpoint, *config.endpoints)
-        self._login = Login(config, self._oversized)
+        self._rng = rng or random.Random()
+        self._login = Login(config, self._oversized, self._rng)
         self._set_of = RedundantSet(self._login)
         self.clock_offset_s = math.nan
         self.timeout_s = config.timeout / 1e9
@@ -110,7 +113,6 @@ class Session:
         self.reason = ""
         self.pump: PublishPump | None = None
         self._on_state = on_state
-        self._rng = rng or random.Random()
         self._client: Client | None = None
         self._parts: list[Part] = []
         self._task: asyncio.Task[None] | None = None
@@ -166,6 +168,7 @@ class Session:
         Raises ServerUnreachable, AccessRefused or another ConnectionProblem; nothing is retried here, so that
         a wrong configuration is told at once.
         """
+        self._login.forgive()
         self._life = life = object()
         await self._connect(life)
         self._task = asyncio.create_task(self._keep_alive(life), name=f"session {self.config.name}")
@@ -207,6 +210,10 @@ class Session:
         if self.state in (LinkState.CONNECTED, LinkState.CONNECTING) and not self._lost.is_set():
             self.reason = reason
             self._lost.set()
+
+    def retry_now(self) -> None:
+        """Try a login that was refused again at once: somebody may have mended what it was refused for."""
+        self._login.forgive()
 
     async def call(self, request: Awaitable[_T], what: str) -> _T:
         """Await one request with the time-out; errors come out as the product's own.
@@ -295,6 +302,7 @@ class Session:
                 delay = FIRST_DELAY_S
             while True:
                 await asyncio.sleep(delay * self._rng.uniform(0.5, 1.0))
+                await self._hold_back(life)
                 if self._life is not life:
                     return
                 delay = min(delay * 2, LAST_DELAY_S)
@@ -309,6 +317,15 @@ class Session:
             self.counters["reconnects"] += 1
             self._attempt_failed = ""
             log.warning("%s: connected again", self.where)
+
+    async def _hold_back(self, life: object) -> None:
+        """Wait while a login that was refused is not to be shown to the server again, and say for how long."""
+        told = False
+        while self._life is life and (held := await self._login.held_back()) is not None:
+            if not told:
+                told, self.reason = True, held.what
+                log.log(logging.WARNING if held.news else logging.DEBUG, "%s: %s", self.where, held.what)
+            await asyncio.sleep(min(held.left_s, LOOK_S))
 
     def _attempt(self, what: str) -> None:
         self.counters["failed_attempts"] += 1

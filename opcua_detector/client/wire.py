@@ -29,11 +29,9 @@ from .cipher import seal
 from .wire_columns import NO_STAMP, NOTE_NO_STAMP, NOTE_STATUS, NOTE_TEXT, NOTE_UNKNOWN, Columns, Samples
 from .wire_decode import (
     NO_ELEMENTS,
-    HistoryPage,
     Message,
     Publish,
     check,
-    decode_history,
     decode_publish,
     decode_read,
     open_publish,
@@ -41,6 +39,7 @@ from .wire_decode import (
     read_message,
     write_results,
 )
+from .wire_history import HistoryPage, decode_history
 from .wire_receive import Answer, OnAnswer, take_over
 
 __all__ = [

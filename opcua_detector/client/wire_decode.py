@@ -1,4 +1,4 @@
-"""Reads the answers that carry values, without an object per value: Publish, Republish, Read, HistoryRead, Write.
+"""Reads the answers that carry values, without an object per value: Publish, Republish, Read, Write.
 
 Why our own: asyncua builds four dataclasses per value. Here the fixed parts of a message are unpacked in one go and a
 compiled walk (`kernels.wire`) puts the values into columns, of whatever types, status words and stamps they are mixed.
@@ -26,23 +26,15 @@ from .wire_columns import MOST_SAMPLES, NO_STAMP, Columns, Samples
 
 NO_ELEMENTS: NDArray[np.int32] = np.empty(0, np.int32)
 _NO_NUMBERS: NDArray[np.uint32] = np.empty(0, np.uint32)
-MOST_NODES = 10_000  # in one HistoryReadResponse
 MOST_BLOCKS = 1000  # notifications in one message; the standard knows three kinds
 _FAULT = int(ua.ObjectIds.ServiceFault_Encoding_DefaultBinary)
 _PUBLISH = int(ua.ObjectIds.PublishResponse_Encoding_DefaultBinary)
 _REPUBLISH = int(ua.ObjectIds.RepublishResponse_Encoding_DefaultBinary)
 _READ = int(ua.ObjectIds.ReadResponse_Encoding_DefaultBinary)
 _WRITE = int(ua.ObjectIds.WriteResponse_Encoding_DefaultBinary)
-_HISTORY_READ = int(ua.ObjectIds.HistoryReadResponse_Encoding_DefaultBinary)
 _DATA_CHANGE = int(ua.ObjectIds.DataChangeNotification_Encoding_DefaultBinary)
 _STATUS_CHANGE = int(ua.ObjectIds.StatusChangeNotification_Encoding_DefaultBinary)
-_HISTORY_DATA = frozenset(
-    {
-        int(ua.ObjectIds.HistoryData_Encoding_DefaultBinary),
-        int(ua.ObjectIds.HistoryModifiedData_Encoding_DefaultBinary),  # begins with the same values
-    }
-)
-_STRING, _BYTES, _EXTENSION, _DIAGNOSTIC = 12, 15, 22, 25  # numbers of built-in types, Part 6, 5.1.2
+_STRING, _EXTENSION, _DIAGNOSTIC = 12, 22, 25  # numbers of built-in types, Part 6, 5.1.2
 _SEVERE = 0xC0000000  # Bad and Uncertain
 
 _HEADER = struct.Struct("<BBHqIIBiBBB")  # type in four bytes, time, handle, result, no diagnostics, texts or extras
@@ -92,15 +84,6 @@ class Message:
     more: bool
     republished: bool = False
     available: NDArray[np.uint32] = field(default_factory=lambda: _NO_NUMBERS)
-
-
-@dataclass(slots=True)
-class HistoryPage:
-    """What one node answered: its StatusCode, the point where the next page begins, its samples."""
-
-    status: int
-    continuation: bytes | None
-    samples: Samples
 
 
 def _broken(name: str, at: int, raw: bytes, what: str = "a length or a type is wrong") -> NoReturn:
@@ -315,7 +298,7 @@ def _codes(name: str, raw: bytes, at: int) -> tuple[NDArray[np.uint32], int]:
     return np.frombuffer(raw, "<u4", count, at + 4), at + 4 + 4 * count
 
 
-# --- Read, Write, HistoryRead ---
+# --- Read, Write ---
 
 
 def decode_read(
@@ -349,47 +332,3 @@ def write_results(body: Any) -> list[int]:
     codes, at = _codes(name, raw, _opened(name, raw, _WRITE))
     _after(name, raw, at, _DIAGNOSTIC, array=True)
     return [int(code) for code in codes]
-
-
-def decode_history(body: Any) -> list[HistoryPage]:
-    """Decode a HistoryReadResponse (Part 4, 5.11.3), one page per node; errors as `decode_read`."""
-    raw, name = bytes(body), "HistoryReadResponse"
-    at = _opened(name, raw, _HISTORY_READ)
-    view = np.frombuffer(raw, np.uint8)
-    pages: list[HistoryPage] = []
-    left = MOST_SAMPLES
-    try:
-        (count,) = _I4.unpack_from(raw, at)
-        at += 4
-        if count > MOST_NODES:
-            _broken(name, at, raw, f"it claims {count} nodes")
-        for _ in range(count):
-            (status,) = _U4.unpack_from(raw, at)
-            point_at = at + 4
-            at = _after(name, raw, point_at, _BYTES)
-            number, body_at, stop = _history_block(name, raw, at)
-            values = max(0, _I4.unpack_from(raw, body_at)[0]) if number in _HISTORY_DATA and body_at < stop else 0
-            if values > min(left, stop - body_at):
-                _broken(name, body_at, raw, f"a node claims {values} values")
-            left -= values
-            columns = Columns(values)
-            if values and _kernel.data_values(
-                view, body_at + 4, stop, values, False, 0, NO_ELEMENTS, columns.stamps, columns.value, columns.status,
-                columns.notes,
-            ) < 0:
-                _broken(name, body_at, raw, "its values are not readable")
-            columns.stamps[0], columns.notes[1] = 0, min(values, 1) - 1
-            pages.append(HistoryPage(status, raw[point_at + 4 : at] or None, columns.view(values, raw)))
-            at = stop
-    except struct.error:
-        _broken(name, at, raw, "it ends too early")
-    _after(name, raw, at, _DIAGNOSTIC, array=True)
-    return pages
-
-
-def _history_block(name: str, raw: bytes, at: int) -> tuple[int, int, int]:
-    """Read the frame of the HistoryData of a node; servers without any leave out the body."""
-    number, after = _number_of_type(name, raw, at)
-    if after < len(raw) and raw[after] == 0:
-        return number, after + 1, after + 1
-    return _block(name, raw, at)

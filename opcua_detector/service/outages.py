@@ -175,13 +175,14 @@ class GapFiller:
             self.counters["backfill_left_rows"] += beyond
             log.warning("group %s: a gap of %d rows is longer than what is read back: its first %d rows stay missing",
                         self.group.name, n_wanted, beyond)
-        before, why = self.counters["backfilled_rows"], "the history has nothing of it"
+        before, why = self.counters["backfilled_rows"], ""
         for k in range(_TRIES if parts else 0):
             await asyncio.sleep(self.settle_s if k == 0 else _AGAIN_S)
             try:
                 for part in parts:
                     for left in self._rows.without(part):  # of what an earlier try has stored nothing is read again
                         await self._read(left)
+                why = "the history has nothing of it"
                 break
             except ConnectionProblem as problem:
                 why = problem.what
@@ -208,14 +209,13 @@ class GapFiller:
         async for record in rows_of_gap(sources, group_tags(self.group), part, self.group.period,
                                         lateness_ns=self.group.lateness_ns, max_hold=self.group.max_hold,
                                         indexes=indexes_of(self.group)):
-            first_ns, last_ns = int(record.source_ns[0]), int(record.source_ns[-1])
-            name = f"{self.group.name} backfill {iso_utc(first_ns)[:23]}Z"
+            name = f"{self.group.name} backfill {iso_utc(int(record.source_ns[0]))[:23]}Z"
             note = f"backfill: read from the history of {', '.join(self._servers)} after a gap, not scored"
             await asyncio.to_thread(self.store.write_record, name, record, group=self.group.name,
                                     server=self.group.server, note=note)
-            self._rows.add(first_ns, last_ns)
+            for first, end in record.segments():
+                self._rows.add(int(record.source_ns[first]), int(record.source_ns[end - 1]))
             self.counters["backfilled_rows"] += len(record)
-            log.debug("group %s: the gap is read up to %s", self.group.name, iso_utc(last_ns))
 
     def _left(self, missing: list[Gap], why: str) -> None:
         """Note that a gap stays one: the recording marks it by its gap flag."""

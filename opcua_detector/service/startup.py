@@ -13,6 +13,7 @@ from typing import Any
 from ..api import Frame
 from ..app import changed_since_fit, open_monitors
 from ..client import Finding, Session, check_outputs, check_tags
+from ..client.arrays import indexes_of
 from ..config import Config, MonitorConfig
 from ..engine import Engine, Monitor
 from ..store import Retention, Store
@@ -72,7 +73,7 @@ async def check_nodes(config: Config, sessions: Mapping[str, Session], groups: S
     for name in groups:
         group = config.group(name)
         by_server: dict[str, list[Any]] = {}
-        indexes = {item.name: item.index for item in group.tags if item.index is not None}
+        indexes = indexes_of(group)
         for item in group.tags:
             by_server.setdefault(item.server or group.server, []).append(item.tag())
         for server, tags in by_server.items():

@@ -271,7 +271,12 @@ class Service:
             store.close()
 
     async def reload(self) -> dict[str, str]:
-        """Take the model files as they are now; return monitor -> what became of it (see `Reloading.all`)."""
+        """Take the model files as they are now; return monitor -> what became of it (see `Reloading.all`).
+
+        A login that is held back is tried at once.
+        """
+        for session in self.sessions.values():
+            session.retry_now()
         assert self.store is not None and self.feedback is not None
         return await self._reloading.all(self.feedback, self.store)
 

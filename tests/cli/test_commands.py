@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,19 +19,21 @@ import pytest
 import yaml
 from running import PLANT, RESULTS, cli, content, read, result_nodes, snapshot, tag, wait_for, write
 
-from cli.conftest import Fitted
+from cli.conftest import HISTORY_ROWS, Fitted
 from opcua_detector import __version__
 from opcua_detector.api import Record, Tag
 from opcua_detector.cli import COMMANDS, offline
 from opcua_detector.cli.emit import period_of, proposals
+from opcua_detector.cli.online import history_record
 from opcua_detector.cli.terminal import interval_ns
-from opcua_detector.client import BrowsedNode
-from opcua_detector.config import load
+from opcua_detector.client import BrowsedNode, Session
+from opcua_detector.client.history import read_samples
+from opcua_detector.config import ServerConfig, load
 from opcua_detector.csv_rows import write_csv
 from opcua_detector.nodes import NO_SCORE
 from opcua_detector.store import Store
 from sim_server.processes import Fault, make
-from sim_server.testing import RunningPlant
+from sim_server.testing import RunningPlant, running_plant
 
 START_NS = 1_767_225_600_000_000_000  # 2026-01-01T00:00:00Z
 
@@ -253,6 +256,54 @@ def test_fit_works_beside_a_service_that_writes_the_store(plant: RunningPlant, f
     assert ran.code == 0, ran.err
     registered = cli("models", fitted.file, "--json").json["registered"]
     assert ran.json["monitors"][0]["model_id"] in [m["model_id"] for m in registered]
+
+
+def on_two_servers(first: RunningPlant, second: RunningPlant) -> dict[str, Any]:
+    """A monitor whose tag x3 lies on another server than x1."""
+    given = content(first.endpoint, outputs=False, tags=[tag("x1"), tag("x3", server="other")])
+    given["servers"].append({"name": "other", "endpoint": second.endpoint, "policy": "None", "insecure": True})
+    return given
+
+
+def test_fit_puts_the_histories_of_two_servers_together_by_the_rule_of_time(
+    plant: RunningPlant, tmp_path: Path,
+) -> None:
+    with running_plant("lorenz", history_rows=4000, seed=1) as other:
+        file = write(tmp_path, on_two_servers(plant, other))
+        ran = cli("fit", file, "--json")
+        assert ran.code == 0, ran.err
+        (monitor,) = ran.json["monitors"]
+        # It begins where both have values: at the begin of the shorter history.
+        assert 4000 <= monitor["rows"] < HISTORY_ROWS and not monitor["excluded"]
+        config = load(file)
+        record = history_record(config, file, config.groups[0], 3600 * 10**9)
+        samples = asyncio.run(samples_of({plant.endpoint: "x1", other.endpoint: "x3"}))
+    assert len(record) >= 4000 and record.valid[1:-100].all() and record.gap.sum() == 1
+    assert other.start_ns - 4001 * 10**7 <= record.source_ns[0] <= other.start_ns - 3999 * 10**7
+    for k, (stamps, values) in enumerate(samples):  # each row has the newest sample up to half a period after it
+        newest = np.searchsorted(stamps, record.source_ns + 5_000_000, side="right") - 1
+        assert np.array_equal(record.values[1:-100, k], values[newest[1:-100]])  # the last ones were not all there yet
+
+
+async def samples_of(nodes: dict[str, str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Stamps and values that servers keep: endpoint -> tag."""
+    found = []
+    for endpoint, name in nodes.items():
+        session = Session(ServerConfig(name="plant", endpoint=endpoint, policy="None", insecure=True))
+        await session.open()
+        (samples,) = await read_samples(session, [f"{PLANT}lorenz.{name}"], 0, 2 * 10**18)
+        await session.close()
+        found.append((samples.source_ns, samples.value))
+    return found
+
+
+def test_fit_names_the_server_that_has_no_history(plant: RunningPlant, tmp_path: Path) -> None:
+    given = on_two_servers(plant, plant)
+    given["groups"][0]["tags"][1]["node"] = f"{PLANT}lorenz.faults.sigma"
+    ran = cli("fit", write(tmp_path, given), "--json")
+    assert ran.code == 7, ran.err
+    assert "server other, tag x3: its history cannot be read" in ran.err and "opcua-detector record" in ran.err
+    assert not (tmp_path / "models").exists()
 
 
 # --- record, fit, replay ---

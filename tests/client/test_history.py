@@ -12,6 +12,7 @@ from opcua_detector.api import Tag, TagKind
 from opcua_detector.client import Session, history, oldest_ns, read_history, wire
 from opcua_detector.client.history import read_samples
 from opcua_detector.client.limits import Limits
+from opcua_detector.client.wire_history import HistoryPage
 from opcua_detector.errors import NodeProblem, RecordError
 from sim_server.plant import Plant
 from sim_server.processes import Process, model
@@ -171,7 +172,7 @@ class Historian:
         future.set_result(request)
         return future
 
-    def decode(self, request: Any) -> list[wire.HistoryPage]:
+    def decode(self, request: Any, elements: Any) -> list[HistoryPage]:
         self.asked += 1
         assert self.asked < 2000
         details = request.Parameters.HistoryReadDetails
@@ -180,7 +181,7 @@ class Historian:
             self.page(one, start, end, int(details.NumValuesPerNode)) for one in request.Parameters.NodesToRead
         ]
 
-    def page(self, one: Any, start: int, end: int, wanted: int) -> wire.HistoryPage:
+    def page(self, one: Any, start: int, end: int, wanted: int) -> HistoryPage:
         source = self.source_ns[int(one.NodeId.Identifier)]
         axis = source if self.ahead_ns is None else source - self.ahead_ns
         inside = np.flatnonzero((axis >= start) & (axis < end))
@@ -189,7 +190,7 @@ class Historian:
             begun, sent, left = (int(text) for text in one.ContinuationPoint.split())
             assert begun == start  # a continuation repeats its request
             if sent // self.cap >= self.forgets:
-                return wire.HistoryPage(0x804A0000, None, wire.samples_of([]))
+                return HistoryPage(0x804A0000, None, wire.samples_of([]))
         n = min(self.cap, left if self.over_all else wanted)
         now = inside[sent : sent + n]
         sent, left = sent + len(now), left - len(now)
@@ -198,7 +199,7 @@ class Historian:
             point = f"{start} {sent} {left}".encode()
         server = axis[now] if self.ahead_ns is not None else np.full(len(now), 2 * 10**18 + self.asked)
         zeros = np.zeros(len(now), np.int64)
-        return wire.HistoryPage(
+        return HistoryPage(
             0, point, wire.Samples(zeros, source[now], server, zeros.astype(float), zeros.astype(np.uint32))
         )
 
@@ -228,7 +229,7 @@ async def test_whatever_a_server_means_by_a_page_no_value_is_lost_or_read_twice(
     slow = start + np.arange(70) * 100 * PERIOD
     server = Historian([fast, slow, fast2], **ways)
     monkeypatch.setattr(wire, "send", server.send)
-    monkeypatch.setattr(wire, "decode_history", server.decode)
+    monkeypatch.setattr(history, "decode_history", server.decode)
     monkeypatch.setattr(history, "PAGE_VALUES", 3000)
     shift = max(0, abs(ways.get("ahead_ns", 0)))
     got = await read_samples(

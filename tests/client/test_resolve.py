@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 from asyncua import Client, ua
 
@@ -11,6 +13,7 @@ from opcua_detector.api import Tag, TagKind
 from opcua_detector.client import Finding, Session, check_outputs, check_tags, raise_findings, walk
 from opcua_detector.client.browse import recent_values
 from opcua_detector.client.nodes import NodeRef, resolve, resolve_one, split_path
+from opcua_detector.columns import suggest_kind
 from opcua_detector.errors import NodeProblem
 from opcua_detector.nodes import NO_SCORE, SIGNALS
 
@@ -157,6 +160,42 @@ async def test_browse_gives_facts_paths_that_resolve_and_samples(session: Sessio
     stamps, numbers = values[f"{PLANT}lorenz.x1"]
     assert len(stamps) >= 200 and numbers.std() > 0
     assert values[f"{PLANT}lorenz.faults.sigma"][1].tolist() == [1.0, 1.0]
+
+
+async def test_a_counter_that_steps_seldom_is_read_until_it_can_be_told_as_one(odd: OddServer) -> None:
+    """Kinds of tags must not depend on how often a node happened to move while it was looked at."""
+    one = Session(server_config(odd.endpoint))
+    await one.open()
+    seldom, once = odd.nodes["UInt32"], odd.nodes["Int16"]
+
+    async def count() -> None:
+        for k in range(1, 200):
+            await asyncio.sleep(0.5)
+            await seldom.write_value(ua.Variant(k, ua.VariantType.UInt32))
+
+    async def switch() -> None:
+        await asyncio.sleep(0.15)
+        await once.write_value(ua.Variant(2, ua.VariantType.Int16))
+
+    nodes = [node async for node in walk(one, pattern="nsu=urn:odd;*") if node.name in ("UInt32", "Int16", "Double")]
+    counting = asyncio.create_task(count())
+    try:
+        quick = await recent_values(one, nodes, polls=8, poll_s=0.1)
+        await once.write_value(ua.Variant(1, ua.VariantType.Int16))
+        bounded, _ = await asyncio.gather(recent_values(one, nodes, polls=8, poll_s=0.1, most_s=4.0), switch())
+    finally:
+        counting.cancel()
+    await one.close()
+    text = odd.text
+    for values in (quick, bounded):
+        kind, reason = suggest_kind("UInt32", True, values[text("UInt32")][1])
+        assert np.count_nonzero(np.diff(values[text("UInt32")][1])) >= 3
+        assert kind == "counter" and "only moves one way" in reason
+        assert len(values[text("Double")][1]) == 8  # what does not move holds nobody up
+    assert len(quick[text("UInt32")][1]) > 8 == len(quick[text("Int16")][1])
+    # What moves too seldom to be told is read as long as it may be, and what is read on is read together.
+    assert len(bounded[text("UInt32")][1]) == len(bounded[text("Int16")][1]) > 8
+    assert bounded[text("Int16")][1][-1] == 2.0
 
 
 async def test_checks_leave_the_result_nodes_alone(session: Session, other: Client) -> None:

@@ -71,7 +71,9 @@ def decoders(wire: Any, ua: Any, buffer: Any, elements: Any) -> list[Decoder]:
         return consistent(wire.read_message(wire.open_republish(buffer(raw), count), columns, elements).samples, raw)
 
     def history(raw: bytes, count: int) -> object:
-        return [consistent(page.samples, raw) for page in wire.decode_history(buffer(raw))]
+        pages = wire.decode_history(buffer(raw))
+        pages += wire.decode_history(buffer(raw), [(2, -1, 0)] * len(pages))
+        return [consistent(samples, raw) for page in pages for samples in (page.samples, *page.further)]
 
     return [
         publish,

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asyncua import Client
 from plant.proxy import ChaosProxy
 from running import PLANT, RESULTS, until, write
 from serving import SEED, configuration, healthy, insecure, name_copies, nodes_say, running, scoring, stored
 
 from opcua_detector.alarms import ConnectionAlarm
 from opcua_detector.app import fit_config, group_tags
-from opcua_detector.client import LinkState, read_history
+from opcua_detector.client import LinkState, forward, read_history
 from opcua_detector.client import session as session_module
 from opcua_detector.client.observer import Observer
 from opcua_detector.config import load
 from opcua_detector.nodes import NO_SCORE, State
-from opcua_detector.service import Service
+from opcua_detector.service import Service, outages
 from sim_server.testing import RunningPlant, running_plant
 
 FAULT = f"{PLANT}lorenz.faults.rho"
@@ -191,6 +192,91 @@ async def test_a_gap_of_a_group_on_two_servers_is_filled_from_both_histories(pla
     assert "history of plant, other" in filled.note and len(record) >= 100
     assert record.valid.all() and np.array_equal(record.source_ns, truth.source_ns)
     assert np.array_equal(record.values, truth.values)  # both tags of one instant in each row
+
+
+async def set_clock(plant: RunningPlant, offset_ms: float) -> None:
+    """Let the plant's clock jump by this much from its true time, in every stamp that it gives."""
+    async with Client(plant.endpoint) as client:
+        index = await client.get_namespace_index(PLANT.removeprefix("nsu=").partition(";")[0])
+        node = client.get_node(f"ns={index};s=lorenz")
+        await node.call_method(f"{index}:Disturb", "clock", str(offset_ms))
+        await node.call_method(f"{index}:SetQuirk", "*", "skew_ms", offset_ms)
+
+
+async def test_a_clock_that_was_set_and_is_right_again_has_no_row_read_back_that_is_there(folder: Path) -> None:
+    with running_plant("lorenz", history_rows=3000, seed=SEED) as plant:
+        async with ChaosProxy(plant.port) as proxy:
+            file = write(folder, configuration(proxy.endpoint))
+            async with running(file) as service:
+                run, filler, feed = service.runs["lorenz"], service.fillers["lorenz"], service.feeds["lorenz"]
+                await scoring(run)
+                for offset_ms in (-20_000.0, 0.0, 20_000.0, 0.0):  # each time by less than the history has
+                    jumps = feed.counters()["clock_jumps"]
+                    await set_clock(plant, offset_ms)
+                    await until(lambda n=jumps: feed.counters()["clock_jumps"] > n, "the jump to be seen")
+                    await scoring(run)
+                assert set(filler.counters.values()) == {0}, filler.counters
+                await set_clock(plant, -20_000.0)
+                await scoring(run)
+                # Away for some seconds, in which the clock is set right: the stamps of the hole are of 20 s and more.
+                proxy.refuse()
+                proxy.reset()
+                await until(lambda: service.sessions["plant"].state is LinkState.WAITING, "the loss to be noticed")
+                await set_clock(plant, 0.0)
+                await asyncio.sleep(2.0)
+                proxy.heal()
+                await scoring(run)
+                await until(lambda: filler.counters["gaps_filled"] == 1, f"the gap to be filled: {filler.counters}")
+            with stored(file) as store:
+                kept = {one: store.read_recording(one.name) for one in store.recordings()}
+    read_back = [record.source_ns for one, record in kept.items() if one.note.startswith("backfill")]
+    live = [record.source_ns for one, record in kept.items() if not one.note.startswith("backfill")]
+    filled, before = np.sort(np.concatenate(read_back)), np.sort(np.concatenate(live))
+    assert 100 <= len(filled) == filler.counters["backfilled_rows"]
+    # A clock that is set back brings live rows of times that were there; what is read back adds none.
+    half = 10_000_000 // 2
+    assert (np.abs(filled[:, None] - before[None, :]).min(axis=1) > half).all()
+    assert (np.diff(filled) > half).all()
+
+
+async def test_a_connection_that_is_lost_while_a_gap_is_read_back_leaves_no_row_twice(
+    plant: RunningPlant, folder: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forward, "SLICE_VALUES", 100)
+    monkeypatch.setattr(outages, "_AGAIN_S", 1.0)
+    async with ChaosProxy(plant.port) as proxy:
+        file = write(folder, configuration(proxy.endpoint))
+        async with running(file) as service:
+            run, filler = service.runs["lorenz"], service.fillers["lorenz"]
+            await scoring(run)
+            assert service.store is not None
+            writes, original = 0, service.store.write_record
+            loop = asyncio.get_running_loop()
+
+            def write_record(*given: Any, **options: Any) -> Any:
+                nonlocal writes
+                done = original(*given, **options)
+                writes += 1
+                if writes == 2:  # two slices of the first gap are stored
+                    asyncio.run_coroutine_threadsafe(lose(), loop).result()
+                return done
+
+            async def lose() -> None:
+                proxy.reset()
+
+            monkeypatch.setattr(service.store, "write_record", write_record)
+            proxy.refuse()
+            proxy.reset()
+            await until(lambda: service.sessions["plant"].state is LinkState.WAITING, "the loss to be noticed")
+            await asyncio.sleep(2.0)
+            proxy.heal()
+            await until(lambda: filler.counters["gaps_filled"] == 2, f"the gaps to be filled: {filler.counters}")
+        with stored(file) as store:
+            kept = [store.read_recording(one.name) for one in store.recordings()]
+    assert writes > 3 and filler.counters["gaps_left"] == 0
+    stamps = np.sort(np.concatenate([one.source_ns for one in kept]))
+    assert (np.diff(stamps) > kept[0].period_ns // 2).all()
+    assert len(stamps) >= 0.98 * ((stamps[-1] - stamps[0]) / kept[0].period_ns)
 
 
 async def test_where_there_is_no_history_a_gap_stays_a_gap_and_says_why(folder: Path) -> None:
