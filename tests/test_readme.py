@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 from running import wait_for
 
-from opcua_detector.cli import COMMANDS
+from opcua_detector.cli import COMMANDS, EXIT_CODES
+from opcua_detector.cli.terminal import EXIT_INTERRUPTED
+from opcua_detector.errors import DetectorError
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -71,7 +73,13 @@ def test_the_readme_states_every_exit_code() -> None:
     text = README.read_text(encoding="utf-8")
     table = re.findall(r"^\| ([\d /]+) \|", text, re.MULTILINE)
     stated = {int(code) for row in table for code in row.split("/")}
-    assert stated == {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130}
+    assert stated == {int(code) for code in re.findall(r"^ +(\d+) ", EXIT_CODES, re.MULTILINE)}
+    assert {kind.exit_code for kind in kinds_of(DetectorError)} | {0, EXIT_INTERRUPTED} <= stated
+
+
+def kinds_of(kind: type[DetectorError]) -> set[type[DetectorError]]:
+    """Return a kind of error and all below it."""
+    return {kind}.union(*(kinds_of(below) for below in kind.__subclasses__()))
 
 
 def port_to_use() -> str:
