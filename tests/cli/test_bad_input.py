@@ -373,7 +373,7 @@ def test_a_wrong_password_is_refused_and_shown_nowhere(
 ) -> None:
     with_password(plant, fitted)
     monkeypatch.setenv("PLANT_PASSWORD", "wrong-horse")
-    ran = refused(fitted.folder, 6, ("Basic256Sha256/SignAndEncrypt", f"user '{USER}'", "BadUserAccessDenied"),
+    ran = refused(fitted.folder, 10, ("Basic256Sha256/SignAndEncrypt", f"user '{USER}'", "BadUserAccessDenied"),
                   "run", fitted.file)
     assert "wrong-horse" not in ran.out + ran.err
     monkeypatch.setenv("PLANT_PASSWORD", PASSWORD)
