@@ -19,7 +19,10 @@ from asyncua.common.connection import TransportLimits
 from asyncua.ua.ua_binary import uatcp_to_binary
 
 from ..errors import ConnectionProblem
+from . import wire_buffer
 from .waiting import within
+
+wire_buffer.mend()
 
 LEAST_BYTES = 1_000_000  # of one message where little is asked for, such as the endpoints
 CHUNK_BYTES = 65_535  # ReceiveBufferSize of our Hello: no chunk is larger

@@ -25,6 +25,7 @@ from asyncua.ua.ua_binary import struct_from_binary
 
 from ..errors import ConnectionProblem
 from ..kernels.wire import EPOCH_TICKS
+from . import wire_buffer
 from .cipher import seal
 from .wire_columns import NO_STAMP, NOTE_NO_STAMP, NOTE_STATUS, NOTE_TEXT, NOTE_UNKNOWN, Columns, Samples
 from .wire_decode import (
@@ -41,6 +42,8 @@ from .wire_decode import (
 )
 from .wire_history import HistoryPage, decode_history
 from .wire_receive import Answer, OnAnswer, take_over
+
+wire_buffer.mend()
 
 __all__ = [
     "NOTE_NO_STAMP",

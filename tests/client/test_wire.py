@@ -497,6 +497,15 @@ def test_an_answer_to_another_question_is_refused() -> None:
         wire.decode_read(Buffer(raw), 3)
 
 
+@pytest.mark.parametrize("length", [-5, -2, -(2**31)])
+def test_a_length_that_leads_back_is_refused_and_not_read_without_end(length: int) -> None:
+    whole = struct_to_binary(ua.CreateMonitoredItemsResponse())
+    # In place of no DiagnosticInfos 100 million: each a text that would lead back to its own beginning.
+    raw = whole[:-4] + struct.pack("<iBi", 10**8, 0x10, length) + bytes(8)
+    with pytest.raises(ConnectionProblem, match="is no OPC UA: NotEnoughData"):
+        wire.decode(raw, ua.CreateMonitoredItemsResponse)
+
+
 def test_asyncuas_own_codec_refuses_an_array_of_nothing() -> None:
     assert variant_from_binary(Buffer(b"\x80" + struct.pack("<i", 0))).Value == []
     with pytest.raises(ua.UaError, match="times nothing"):
