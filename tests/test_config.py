@@ -68,6 +68,12 @@ BAD = [
      "servers[0].endpoints", "", "differ"),
     ("redundant endpoint of another protocol", "    timeout: 4 s", '    endpoints: ["http://127.0.0.1/"]',
      "servers[0].endpoints", "", "opc.tcp://"),
+    ("polls further apart than rows", "    max_hold: 20", "    sampling: poll 2 min", "groups[0].sampling",
+     "'poll 2 min'", "one period apart"),
+    ("polls all the time", "    max_hold: 20", "    sampling: poll 100 us", "groups[0].sampling",
+     "'poll 100 us'", "'1 ms'"),
+    ("polls without a unit", "    max_hold: 20", "    sampling: poll 2", "groups[0].sampling",
+     "'poll 2'", "'poll 2 ms'"),
     ("sampling by another word", "    max_hold: 20", "    sampling: often", "groups[0].sampling", "'often'", "'poll'"),
     ("fail value that reads as no anomaly",
      '      nodes: {Heartbeat: "ns=3;s=beat"}', "      fail_values: {Score: 0.5}",
@@ -195,6 +201,15 @@ def test_a_good_file_is_read_as_it_is_written():
 def test_defaults_of_the_rule_of_time_follow_the_period():
     group = parse(GOOD).group("fast")
     assert (group.sampling_ns, group.publishing_ns, group.lateness_ns) == (10_000_000, 20_000_000, 20_000_000)
+    assert group.poll_ns is None
+
+
+@pytest.mark.parametrize(("typed", "every"), [
+    ("poll", 20_000_000), ("poll 2 ms", 2_000_000), ("poll 20ms", 20_000_000),
+])
+def test_polls_come_once_per_period_or_as_often_as_asked(typed, every):
+    group = parse(GOOD.replace("    max_hold: 20", f"    sampling: {typed}")).group("fast")
+    assert (group.poll_ns, group.sampling_ns) == (every, 10_000_000)
 
 
 @pytest.mark.parametrize(("line", "instead", "key", "value", "expected"), [case[1:] for case in BAD],
@@ -450,7 +465,7 @@ def test_the_schema_accepts_what_the_config_accepts(text):
 BEYOND_A_SCHEMA = ("group of", "monitor of", "unknown state", "outputs on", "unknown signal", "node", "base", "signals",
                    "tag named", "range", "policy None", "user", "period too short",
                    "endpoint of", "range protected", "expiry of", "fail value", "allow list", "lease of",
-                   "two endpoints", "redundant")
+                   "two endpoints", "redundant", "polls further", "polls all")
 
 
 @pytest.mark.parametrize("case", [c for c in BAD if not c[0].startswith(BEYOND_A_SCHEMA)], ids=lambda c: c[0])

@@ -265,7 +265,7 @@ def _fits(told: Examined, where: str, found: Mapping[str, float], server: str, g
     floor_ms = found.get("MinSupportedSampleRate", 0.0)
     for group in groups:
         asked_ms = group.sampling_ns / 1e6
-        if 0 < asked_ms < floor_ms:
+        if group.poll_ns is None and 0 < asked_ms < floor_ms:
             told.warning(where, "MinSupportedSampleRate", f"{floor_ms:g} ms, group {group.name} asks for "
                          f"{asked_ms:g} ms", f"set 'sampling: {math.ceil(floor_ms)} ms' and a period of twice that, "
                          "or lower it at the server")

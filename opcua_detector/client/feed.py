@@ -141,7 +141,7 @@ class GroupFeed:
                     on_idle=self._idle,
                     keep_alive_s=max(_LEAST_KEEP_ALIVE_S, group.max_hold * group.period / 2e9),
                     period_ns=group.period,
-                    poll=group.polled,
+                    poll_ns=group.poll_ns,
                     clock_ns=clock_ns,
                 )
 
@@ -179,7 +179,7 @@ class GroupFeed:
         return {item.name: item.reason for item in items}
 
     def polled_tags(self) -> dict[str, str]:
-        """Return for each tag that is read once per period why it is not monitored; the others are left out."""
+        """Return for each tag that is read why it is not monitored; the others are left out."""
         return {
             item.name: item.polled for one in self.subscriptions.values() for item in one.items if item.polled
         }

@@ -172,7 +172,7 @@ class Monitoring:
         return [item for item in self.carriers if item.polled in NO_ROOM]
 
     async def poll(self, items: Sequence[Item], why: str, client: Client | None) -> None:
-        """Read these items once per period from now on; what is not found keeps its reason.
+        """Read these items from now on; what is not found keeps its reason.
 
         client : the connection to begin on; None: whoever asked begins
         """
@@ -192,7 +192,7 @@ class Monitoring:
         if polled:
             log.warning(
                 "%s: %d of %d tags are polled every %g ms: %s", self.session.where, polled, self._n_tags,
-                self.poller.period_ns / 1e6, why,
+                self.poller.every_ns / 1e6, why,
             )
         if client is not None and len(self.poller):
             self.poller.start(client)

@@ -33,6 +33,7 @@ WRITES = 10
 SLOWER = 1.5  # times the period: a tag that changes so much more slowly is told
 LATE_KEEP_ALIVE_S = 10.0
 _ROUNDING = 1.01
+_LEFT_OUT = 0.05  # of the polls, since an answer was slow: so many are told
 
 
 @dataclass(slots=True)
@@ -138,7 +139,8 @@ def _watch(one: Subscription, group: GroupConfig, feed: GroupFeed, stream: _Stre
     return _Watched(one.session, [Item(item.name, item.node, item.column, text=item.text, element=item.element)
                                   for item in one.items],
                     sampling_ns=group.sampling_ns, publishing_ns=group.publishing_ns, on_samples=on_samples,
-                    on_lost=lambda: None, on_idle=feed._idle, keep_alive_s=one._keep_alive_s)
+                    on_lost=lambda: None, on_idle=feed._idle, keep_alive_s=one._keep_alive_s,
+                    poll_ns=group.poll_ns, period_ns=group.period if group.poll_ns is not None else None)
 
 
 # --- requested against revised ---
@@ -146,12 +148,14 @@ def _watch(one: Subscription, group: GroupConfig, feed: GroupFeed, stream: _Stre
 
 def _revised(told: Examined, where: str, group: GroupConfig, part: _Watched) -> dict[str, Any]:
     """Hold what the server made of the request against the request."""
-    got, asked = part.revised, part.asked
     working = [item for item in part.items if not item.reason]
     for item in part.items:
         if item.reason:
             told.problem(where, "tag", f"{item.name} ({item.node}) delivers nothing: {item.reason}",
                      "see with 'opcua-detector browse' whether the node is there")
+    if group.poll_ns is not None:
+        return _polled(told, where, group.poll_ns / 1e6, part)
+    got, asked = part.revised, part.asked
     sampling = max((item.revised_sampling_ms for item in working), default=math.nan)
     queue = min((item.revised_queue for item in working), default=0)
     asked_sampling = part.asked_items[0].SamplingInterval if part.asked_items else math.nan
@@ -169,7 +173,8 @@ def _revised(told: Examined, where: str, group: GroupConfig, part: _Watched) -> 
     slow = got.publishing_ms > asked_publishing * _ROUNDING
     told.add(where, "publishing", Mark.WARNING if slow else Mark.OK,
              f"asked {_ms(asked_publishing)}, revised {_ms(got.publishing_ms)}",
-             "scores come later by the difference; lower the floor at the server if that matters" if slow else "")
+             "scores come later by the difference; lower the floor at the server if that matters, or have the tags "
+             f"read: 'sampling: poll {max(1.0, period_ms / 10):g} ms'" if slow else "")
     alive_s = got.keep_alive_count * got.publishing_ms / 1e3
     late = alive_s > LATE_KEEP_ALIVE_S
     told.add(where, "keep-alive", Mark.WARNING if late else Mark.OK,
@@ -187,6 +192,18 @@ def _revised(told: Examined, where: str, group: GroupConfig, part: _Watched) -> 
             "keep_alive": {"asked": asked.RequestedMaxKeepAliveCount, "revised": got.keep_alive_count},
             "lifetime": {"asked": asked.RequestedLifetimeCount, "revised": got.lifetime_count},
             "queue": {"asked": asked_queue, "revised": queue}}
+
+
+def _polled(told: Examined, where: str, every_ms: float, part: _Watched) -> dict[str, Any]:
+    """Say whether the server answers the polls as fast as they were asked for."""
+    polls, overruns = part.counts["polls"], part.counts["poll_overruns"]
+    slow = overruns > polls * _LEFT_OUT
+    told.add(where, "polls", Mark.WARNING if slow else Mark.OK,
+             f"read every {_ms(every_ms)} instead of monitored, as configured: {polls} answers, {overruns} polls left "
+             "out",
+             "an answer takes longer than that: poll less often, or leave 'sampling' out to have changes reported"
+             if slow else "")
+    return {"polls": {"every_ms": every_ms, "answers": polls, "left_out": overruns}}
 
 
 # --- what came ---

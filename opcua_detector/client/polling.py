@@ -1,7 +1,11 @@
-"""Reads tags once per period where a server cannot report their changes fast enough, or at all.
+"""Reads tags where a server cannot report their changes fast enough, or at all.
 
-One prepared Read per period and call size; its answer comes as columns, in the shape of a notification. A poll that
-takes longer than the period is not overtaken by the next one: what is missed is counted.
+One prepared Read per poll and call size; its answer comes as columns, in the shape of a notification. A poll that
+takes longer than it may is not overtaken by the next one: what is missed is counted.
+
+Polls come once per period of the rows, or more often where that is asked for: a change is then known one poll later
+and not one publishing interval later. A row must not close with the old value of a tag that is about to change, so what
+the more frequent polls hand on is what has changed, as a subscription would (`News`).
 
 Time of a sample. A value that has not changed comes with the stamp that it had before; as a sample it says that the
 value still stood when it was read. It then stands at its stamp plus the time that has passed on our clock since the
@@ -25,7 +29,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConnectionProblem
 from . import wire
-from .arrays import Fan
+from .arrays import Fan, take
 from .limits import TOO_MUCH
 from .session import Session
 from .waiting import within
@@ -64,6 +68,46 @@ class Stamps:
         return stamps
 
 
+class News:
+    """Which values of one Read are handed on, where polls come more often than rows.
+
+    Handed on is what has changed (its stamp, value or status), and with it what *rests*: what has not changed for
+    `REST` periods. It stands as it was, and no row waits for it. What rests is handed on alone once per period.
+
+    Parameters
+    ----------
+    m : number of values; period_ns : of the rows
+    """
+
+    REST = 1.5
+
+    def __init__(self, m: int, period_ns: int) -> None:
+        self._period_ns, self._rest_ns = period_ns, int(self.REST * period_ns)
+        self._raw = np.zeros(m, np.int64)
+        self._value = np.zeros(m)
+        self._status = np.zeros(m, np.uint32)
+        self._changed_ns = np.full(m, np.iinfo(np.int64).min // 2)
+        self._handed_ns = np.iinfo(np.int64).min // 2
+
+    def of(
+        self, raw: NDArray[np.int64], value: NDArray[np.float64], status: NDArray[np.uint32], now_ns: int
+    ) -> NDArray[np.bool_]:
+        """Return bool[m]: what is handed on of this answer.
+
+        raw : int64[m]; stamps as the server tells them; value : float64[m]; status : uint32[m]; now_ns : monotonic
+        """
+        same = (raw == self._raw) & (status == self._status)
+        same &= (value == self._value) | (np.isnan(value) & np.isnan(self._value))
+        self._raw, self._value, self._status = raw.copy(), value.copy(), status.copy()
+        self._changed_ns[~same] = now_ns
+        if same.all() and now_ns - self._handed_ns < self._period_ns:
+            return np.zeros(len(same), np.bool_)
+        handed = ~same | (now_ns - self._changed_ns >= self._rest_ns)
+        if handed.any():
+            self._handed_ns = now_ns
+        return handed
+
+
 @dataclass(frozen=True, slots=True)
 class _Polled:
     """A node that is read; places : (column, element) of each tag that it is read for, element -1: a scalar."""
@@ -75,38 +119,41 @@ class _Polled:
 class _Call:
     """The values of one Read."""
 
-    def __init__(self, token: bytes, nodes: Sequence[_Polled]) -> None:
+    def __init__(self, token: bytes, nodes: Sequence[_Polled], period_ns: int | None) -> None:
         self.n = len(nodes)
         self.fan = Fan({place: one.places for place, one in enumerate(nodes)})
         self.request = PreparedRead(token, [ReadFrom(one.node) for one in nodes])
         self.values = wire.Columns(self.n)
         self.stamps = Stamps(self.n)
+        self.news = None if period_ns is None else News(sum(len(one.places) for one in nodes), period_ns)
 
 
 class Poller:
-    """Reads some tags of one session once per period.
+    """Reads some tags of one session again and again.
 
     Parameters
     ----------
+    every_ns : from one poll to the next
+    period_ns : of the rows; where polls come more often, only news is handed on
     on_polled : called with (column int32[m], source_ns int64[m], samples) after each answer; NO_STAMP where the server
         gives neither stamp; the samples hold until it returns
     clock_ns : monotonic
 
     Attributes
     ----------
-    counters : polls (answers), poll_overruns (periods that a slow answer took from the next polls), poll_failures,
+    counters : polls (answers), poll_overruns (polls left out since an answer was slow), poll_failures,
         handler_errors
     last_heard_ns : when the last answer came, by `clock_ns`
     """
 
     def __init__(
-        self, session: Session, period_ns: int, on_polled: OnPolled, *,
+        self, session: Session, every_ns: int, on_polled: OnPolled, *, period_ns: int,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.session = session
         self.counters = {"polls": 0, "poll_overruns": 0, "poll_failures": 0, "handler_errors": 0}
         self.last_heard_ns = 0
-        self.period_ns = period_ns
+        self.every_ns, self._period_ns = every_ns, period_ns
         self._on_polled, self._clock_ns = on_polled, clock_ns
         self._nodes: dict[int, _Polled] = {}
         self._calls: list[_Call] | None = None
@@ -120,7 +167,7 @@ class Poller:
         return column in self._nodes
 
     def add(self, column: int, node: Any, places: tuple[tuple[int, int], ...]) -> None:
-        """Read this node from the next period on.
+        """Read this node from the next poll on.
 
         column : of the tag that it is known by; places : (column, element) of each tag that it is read for, element -1
         for a scalar
@@ -153,17 +200,17 @@ class Poller:
 
     async def _poll(self, client: Client) -> None:
         loop = asyncio.get_running_loop()
-        period_s = self.period_ns / 1e9
         due = loop.time()
         while True:
             if self._nodes and not await self._round(client):
                 return
             now = loop.time()
-            due += period_s
+            every_s = (self._period_ns if self._failed else self.every_ns) / 1e9  # a refusal may pass
+            due += every_s
             if due < now:
-                missed = int((now - due) / period_s) + 1
+                missed = int((now - due) / every_s) + 1
                 self.counters["poll_overruns"] += missed
-                due += missed * period_s
+                due += missed * every_s
             await asyncio.sleep(max(0.0, due - loop.time()))
 
     async def _round(self, client: Client) -> bool:
@@ -189,8 +236,9 @@ class Poller:
         token = wire.token_of(client)
         size = self.session.limit("read")
         columns = sorted(self._nodes)
+        period_ns = self._period_ns if self.every_ns < self._period_ns else None
         return [
-            _Call(token, [self._nodes[column] for column in part])
+            _Call(token, [self._nodes[column] for column in part], period_ns)
             for part in (columns[first : first + size] for first in range(0, len(columns), size))
         ]
 
@@ -219,8 +267,14 @@ class Poller:
         column, samples, rows = call.fan.spread(
             samples, lambda elements, room: wire.decode_read(answer, n, room, elements)
         )
+        stamps = stamps[rows]
+        if call.news is not None:
+            handed = np.flatnonzero(call.news.of(raw[rows], samples.value, samples.status, received_ns))
+            if not len(handed):
+                return True
+            column, stamps, samples = column[handed], stamps[handed], take(samples, handed)
         try:
-            self._on_polled(column, stamps[rows], samples)
+            self._on_polled(column, stamps, samples)
         except Exception:  # the next poll must not fail for it
             self.counters["handler_errors"] += 1
             if self.counters["handler_errors"] == 1:

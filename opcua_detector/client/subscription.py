@@ -57,7 +57,7 @@ class Subscription:
         and nothing has changed
     keep_alive_s : how soon a server without news says that it lives, at most KEEP_ALIVE_S
     period_ns : of the rows; None: nothing is ever polled for being too slow
-    poll : read once per period from the start
+    poll_ns : read so often from the start; None: monitored, and read once per period where that cannot be
     clock_ns, utc_ns : for silence, and for samples without any stamp
 
     counters : notifications, samples, keep_alives, overload (GoodOverload), null_timestamp, lost_notifications,
@@ -79,7 +79,7 @@ class Subscription:
         on_idle: Callable[[int], None] | None = None,
         keep_alive_s: float | None = None,
         period_ns: int | None = None,
-        poll: bool = False,
+        poll_ns: int | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         utc_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -99,16 +99,15 @@ class Subscription:
             "unknown_handles": 0,
             "silent_items": 0,
         }
-        self.poller = Poller(
-            session, period_ns or publishing_ns, self._polled, clock_ns=clock_ns
-        )
+        period = period_ns or publishing_ns
+        self.poller = Poller(session, poll_ns or period, self._polled, period_ns=period, clock_ns=clock_ns)
         self.last_heard_ns = 0
         self._published_ns = 0  # PublishTime of the last message with values, by the server's clock
         self._publishing_ns = publishing_ns
         self._on_lost, self._on_idle = on_lost, on_idle
         self._keep_alive_s = KEEP_ALIVE_S if keep_alive_s is None else min(keep_alive_s, KEEP_ALIVE_S)
         self._clock_ns = clock_ns
-        self._period_ns, self._poll = period_ns, poll
+        self._period_ns, self._poll = period_ns, poll_ns is not None
         self._state = Monitoring(
             session, self.items, self.poller, self._exchange, sampling_ns=sampling_ns, publishing_ns=publishing_ns,
             period_ns=period_ns,

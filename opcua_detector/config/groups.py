@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..api import Tag, TagKind
-from .units import POLL, DurationNs, Name, NodeText, Sampling, Section, node_text
+from .units import UNITS_NS, DurationNs, Name, NodeText, Poll, Sampling, Section, Wrong, node_text, with_unit
 
 
 class TagConfig(Section):
@@ -64,15 +64,22 @@ class GroupConfig(Section):
             raise ValueError("a period of at least '1 ms'")
         return value
 
+    @model_validator(mode="after")
+    def _polled_often_enough(self) -> GroupConfig:
+        if self.poll_ns is not None and not 10**6 <= self.poll_ns <= self.period:
+            typed = f"poll {with_unit(self.poll_ns, UNITS_NS)}"
+            raise Wrong("polls from '1 ms' to one period apart", ("sampling",), typed)
+        return self
+
     @property
-    def polled(self) -> bool:
-        """Whether the group is read once per period although the server could report changes (`sampling: poll`)."""
-        return self.sampling == POLL
+    def poll_ns(self) -> int | None:
+        """How often the group is read although the server could report changes (`sampling: poll`); None: it is not."""
+        return (self.sampling.every or self.period) if isinstance(self.sampling, Poll) else None
 
     @property
     def sampling_ns(self) -> int:
         """Requested SamplingInterval: half the period, since at the period itself 15-25 % of changes are lost."""
-        return self.period // 2 if self.sampling is None or self.polled else self.sampling
+        return self.sampling if isinstance(self.sampling, int) else self.period // 2
 
     @property
     def publishing_ns(self) -> int:

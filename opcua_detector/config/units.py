@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from ..errors import ConfigError
 
@@ -37,21 +38,29 @@ def _size(value: Any) -> int:
     return _quantity(value, UNITS_BYTES, "2 GB")
 
 
-POLL = -1  # `sampling: poll`
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """`sampling: poll` or `poll 2 ms`: tags are read, although the server could report their changes.
+
+    every : ns; None: once per period
+    """
+
+    every: int | None = None
 
 
-def _sampling(value: Any) -> int:
-    if value == "poll":
-        return POLL
+def _sampling(value: Any) -> int | Poll:
+    word, _, every = value.strip().partition(" ") if isinstance(value, str) else ("", "", "")
     try:
+        if word == "poll":
+            return Poll(_duration(every) if every else None)
         return _duration(value)
     except ValueError as error:
-        raise ValueError(f"{error}, or 'poll'") from None
+        raise ValueError(f"{error}, or 'poll', or 'poll 2 ms'") from None
 
 
 Sampling = Annotated[
-    int, BeforeValidator(_sampling),
-    WithJsonSchema({"type": "string", "pattern": r"^(poll|\d+(\.\d+)? ?(us|ms|s|min|h|d))$"}),
+    int | Poll, PlainValidator(_sampling),
+    WithJsonSchema({"type": "string", "pattern": r"^(poll|(poll )?\d+(\.\d+)? ?(us|ms|s|min|h|d))$"}),
 ]
 DurationNs = Annotated[
     int, BeforeValidator(_duration),

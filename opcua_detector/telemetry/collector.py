@@ -161,7 +161,7 @@ class ServiceCollector(Collector):
         gauges = _Gauges("subscription", both, {
             "tags": "Tags of the group on this server.",
             "tags_failing": "Tags of the group on this server that deliver nothing.",
-            "tags_polled": "Tags of the group on this server that are read once per period instead of monitored.",
+            "tags_polled": "Tags of the group on this server that are read instead of monitored.",
             "publishing_interval_seconds": "The publishing interval that the server revised.",
         })
         for name, feed in list(self._service.feeds.items()):

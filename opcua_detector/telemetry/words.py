@@ -45,7 +45,7 @@ SUBSCRIPTION: Table = {
     "silent_items": ("silent_items", "Items made again because the server did not report their changes any more."),
     "unknown_handles": ("unknown_handles", "Values of items that are none of ours."),
     "polls": ("polls", "Answers to reads of tags that cannot be monitored, or not fast enough."),
-    "poll_overruns": ("poll_overruns", "Periods that a slow answer took from the next polls."),
+    "poll_overruns": ("poll_overruns", "Polls that were left out since an answer was slow."),
     "poll_failures": ("poll_failures", "Polls that were refused."),
     "handler_errors": ("handler_errors", "Polls that could not be worked on."),
 }

@@ -56,6 +56,17 @@ def test_a_healthy_plant_is_measured_and_nothing_is_written(plant: RunningPlant,
     assert told["writes"] == {} and read(plant.endpoint, nodes) == before
 
 
+def test_a_group_that_is_polled_is_measured_as_it_is_polled(plant: RunningPlant, tmp_path: Path) -> None:
+    given = content(plant.endpoint)
+    given["groups"][0]["sampling"] = "poll 2 ms"
+    told = cli("doctor", write(tmp_path, given), *SECONDS, "--json").json
+    stream = told["groups"]["lorenz"]["plant"]
+    assert stream["polls"]["every_ms"] == 2.0 and stream["polls"]["answers"] > 100 and "publishing_ms" not in stream
+    (polls,) = said(told, "polls")
+    assert "as configured" in polls["found"] and bool(polls["fix"]) == (polls["mark"] != "ok")
+    assert stream["tags"]["x1"]["values"] > 50 and stream["tags"]["x1"]["interval_ms"] == pytest.approx(10, rel=0.3)
+
+
 def test_with_write_one_node_per_monitor_gets_its_own_value_again(plant: RunningPlant, fitted: Fitted) -> None:
     nodes = result_nodes("lorenz")
     before = read(plant.endpoint, nodes)

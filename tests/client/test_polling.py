@@ -1,4 +1,4 @@
-"""Tags that are read once per period: in the shape of samples, fresh while they stand still, told by name."""
+"""Tags that are read instead of monitored: in the shape of samples, fresh while they stand still, told by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from opcua_detector.client import GroupFeed, LinkState, Session, session, wire
 from opcua_detector.client.limits import Profile
-from opcua_detector.client.polling import Stamps
+from opcua_detector.client.polling import News, Stamps
 from opcua_detector.config import GroupConfig, TagConfig
 from sim_server.testing import RunningPlant, running_plant
 
@@ -69,6 +69,39 @@ def test_values_without_any_stamp_stay_without() -> None:
         assert found == [wire.NO_STAMP, 10**9 + max(0, 100 * k - 10)]
 
 
+# --- news ---
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(
+    st.tuples(st.integers(1, 40), st.sets(st.integers(0, 2)), st.sampled_from(["stamp", "value", "status"])),
+    min_size=1, max_size=60,
+))
+def test_news_is_what_changed_and_what_rests_once_per_period(polls: list[tuple[int, set[int], str]]) -> None:
+    """Each poll: time since the last one, which values have changed, and what of them."""
+    period, rest = 20, 30
+    news = News(3, period)
+    raw, value, status = np.ones(3, np.int64), np.array([0.0, np.nan, 1.0]), np.zeros(3, np.uint32)
+    now, handed_at = 0, -1000
+    changed_at = np.full(3, -1000)
+    for n, (later, changes, what) in enumerate(polls):
+        now += later
+        at = np.array(sorted(changes), np.int64)
+        if what == "stamp":
+            raw[at] += 1
+        elif what == "value":
+            value[at] = now
+        else:
+            status[at] += 1
+        changed_at[at if n else slice(None)] = now  # nothing is known before the first answer
+        found = news.of(raw, value, status, now)
+        changed, rests = changed_at == now, now - changed_at >= rest
+        due = bool(changed.any()) or now - handed_at >= period
+        assert found.tolist() == (changed | rests if due else np.zeros(3, np.bool_)).tolist()
+        if found.any():
+            handed_at = now
+
+
 # --- groups ---
 
 
@@ -94,6 +127,42 @@ async def test_a_group_can_ask_to_be_polled_and_has_no_subscription_then(
     polls = feed.counters()["polls"]
     await asyncio.sleep(0.2)
     assert feed.counters()["polls"] == polls
+
+
+async def test_polls_between_rows_hand_on_every_change_once_and_what_rests_with_it(
+    odd: OddServer, link: Session
+) -> None:
+    names = await add_many(odd, 3)
+    rows = Rows()
+    feed = GroupFeed(polled(sampling="poll 5 ms", max_hold=4, tags=tags_of(odd, names)), {"plant": link}, rows.take)
+    await feed.start()
+    await rows.more(8)  # at rest: more than max_hold
+    first = len(rows.rows)
+    for k in range(1, 31):
+        await odd.nodes[names[0]].write_value(float(k))
+        await asyncio.sleep(PERIOD / 1e9)
+    await rows.until(lambda r: r.rows[-1][2][0] == 30.0)
+    counts = feed.counters()
+    await feed.stop()
+    assert all(row[3].all() and row[2].tolist()[1:] == [1.0, 2.0] for row in rows.rows[1:])
+    moved = np.array([row[2][0] for row in rows.rows[first:]])
+    assert (np.diff(moved) >= 0).all() and len(np.unique(moved)) > 15  # two changes within one row: the later one
+    assert counts["late"] == 0 and counts["gaps"] == 0 and counts["lost"] == 0
+    assert counts["polls"] > 3 * len(rows.rows)  # far more than rows, and no sample for each of them
+    assert counts["samples"] < 2 * 3 * len(rows.rows)
+
+
+async def test_of_an_array_that_is_polled_between_rows_one_element_changes(odd: OddServer, link: Session) -> None:
+    (name,) = await add_many(odd, 1)
+    await odd.nodes[name].write_value([1.0, 2.0, 3.0])
+    tags = tuple(TagConfig(name=f"e{k}", node=odd.text(name), index=k) for k in (2, 0))
+    rows = Rows()
+    feed = GroupFeed(polled(sampling="poll 5 ms", tags=tags), {"plant": link}, rows.take)
+    await feed.start()
+    await rows.until(lambda r: bool(r.rows) and r.rows[-1][2].tolist() == [3.0, 1.0])
+    await odd.nodes[name].write_value([7.0, 2.0, 3.0])
+    await rows.until(lambda r: r.rows[-1][2].tolist() == [3.0, 7.0] and bool(r.rows[-1][3].all()))
+    await feed.stop()
 
 
 async def test_a_moving_plant_is_polled_without_late_samples(session: Session, plant: RunningPlant) -> None:

@@ -25,6 +25,7 @@ const { DataType, StatusCodes, Variant, OPCUAServer, MonitoredItem, Subscription
 
 const settings = JSON.parse(process.argv[2]);
 const PLANT_URI = "urn:opcua-detector:simulated-plant";
+const CHANGES = 5000; // of the load, whose times are kept
 const BATCH = 64; // rows published in one turn while catching up
 const WRITABLE = opcua.makeAccessLevelFlag("CurrentRead | CurrentWrite");
 const READABLE = opcua.makeAccessLevelFlag("CurrentRead");
@@ -70,6 +71,7 @@ class Plant {
     addLoad(count) {
         this.load = [];
         this.loadTurn = 0;
+        this.loadChanges = []; // [stamp, when it was really changed], ms
         for (let k = 0; k < count; k++) {
             this.load.push(this.namespace.addVariable({
                 componentOf: this.folder, browseName: `load${k}`, nodeId: `s=load.${k}`, dataType: "Double",
@@ -148,6 +150,8 @@ class Plant {
     publishLoad() {
         const stamp = new Date(this.startMs + (this.loadTurn * 1000) / settings.load.rate + clockOffsetMs);
         this.loadTurn++;
+        this.loadChanges.push([stamp.getTime(), performance.timeOrigin + performance.now()]);
+        this.loadChanges.splice(0, this.loadChanges.length - CHANGES);
         for (const variable of this.load) {
             this.set(variable, { dataType: DataType.Double, value: this.loadTurn }, undefined, stamp);
         }
@@ -237,6 +241,7 @@ const commands = {
         items: owners().flatMap((s) => s.publishEngine.subscriptions).map((s) => s.monitoredItemCount),
         cpu_us: process.cpuUsage().user + process.cpuUsage().system,
     }),
+    changes: () => ({ changes: plant.loadChanges }),
     status: ({ names, code }) => {
         for (const name of names) {
             plant.status[name] = StatusCodes[code];
