@@ -30,6 +30,8 @@ _GONE = np.array(
 )
 _TYPE_MISMATCH = np.uint32(ua.StatusCodes.BadTypeMismatch)
 
+# (column int32[m], value float64[m], status uint32[m], sent_ns): as `Subscription`
+OnRested = Callable[[NDArray[np.int32], NDArray[np.float64], NDArray[np.uint32], int], None]
 OnSamples = Callable[[NDArray[np.int32], NDArray[np.int64], NDArray[np.float64], NDArray[np.uint32]], None]
 
 
@@ -39,7 +41,7 @@ class Intake:
     Parameters
     ----------
     items : all tags; state : what is asked of the server for them
-    on_samples : as `Subscription`
+    on_samples, on_resting : as `Subscription`
     silence : is told what was heard
     counters : of the subscription; samples, overload, null_timestamp, type_changes, not_numeric, unknown_handles
 
@@ -49,11 +51,11 @@ class Intake:
     """
 
     def __init__(
-        self, items: Sequence[Item], state: Monitoring, on_samples: OnSamples, counters: dict[str, int],
-        silence: Silence, utc_ns: Callable[[], int] = time.time_ns,
+        self, items: Sequence[Item], state: Monitoring, on_samples: OnSamples, on_resting: OnRested,
+        counters: dict[str, int], silence: Silence, utc_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.counters, self._silence = counters, silence
-        self._state, self._on_samples, self._utc_ns = state, on_samples, utc_ns
+        self._state, self._on_samples, self._on_resting, self._utc_ns = state, on_samples, on_resting, utc_ns
         self._by_column = {item.column: item for item in items}
         width = max(self._by_column, default=-1) + 1
         self._own = np.zeros(width, np.bool_)  # by client handle: is it one of these items
@@ -100,17 +102,21 @@ class Intake:
             self.counters["null_timestamp"] += int(null.sum())
             stamps = np.where(null, samples.server_ns, stamps)
             stamps = np.where(stamps == wire.NO_STAMP, self._utc_ns(), stamps)
-        value, status = samples.value, samples.status
+        status = samples.status
         if samples.notes & wire.NOTE_STATUS or self._state.doubted.any():
             severe = status >= 0x80000000
             if severe.any() or self._state.doubted.any():
                 self._look_for_gone(columns, status, severe)
             self.counters["overload"] += int(((status & 0xFFFF0000) == GOOD_OVERLOAD).sum())
-        if samples.text_at is not None and (
-                self._textual.any() or (samples.notes & wire.NOTE_TEXT and (samples.text_at >= 0).any())):
-            value, status = self._without_text(columns, samples.text_at >= 0, value, status)
+        value, status = self._numbers(columns, samples)
         self._silence.heard(columns, samples.value, samples.status)
         self._on_samples(columns, stamps, value, status)
+
+    def rested(self, columns: NDArray[np.int32], samples: wire.Samples, sent_ns: int) -> None:
+        """Hand on what was read again and had not changed; what is odd of it was counted when it changed."""
+        self.counters["samples"] += len(columns)
+        value, status = self._numbers(columns, samples)
+        self._on_resting(columns, value, status, sent_ns)
 
     def _look_for_gone(
         self, columns: NDArray[np.int32], status: NDArray[np.uint32], severe: NDArray[np.bool_]
@@ -121,6 +127,15 @@ class Intake:
             self._state.gone(int(columns[i]), wire.status_name(int(status[i]) & 0xFFFF0000))
         for column in columns[~gone & self._state.doubted[columns]]:
             self._state.back(int(column))
+
+    def _numbers(
+        self, columns: NDArray[np.int32], samples: wire.Samples
+    ) -> tuple[NDArray[np.float64], NDArray[np.uint32]]:
+        """Return values and status, without the texts of tags that are numbers."""
+        if samples.text_at is None or not (
+                self._textual.any() or (samples.notes & wire.NOTE_TEXT and (samples.text_at >= 0).any())):
+            return samples.value, samples.status
+        return self._without_text(columns, samples.text_at >= 0, samples.value, samples.status)
 
     def _without_text(
         self, columns: NDArray[np.int32], text: NDArray[np.bool_], value: NDArray[np.float64],

@@ -139,7 +139,7 @@ def _watch(one: Subscription, group: GroupConfig, feed: GroupFeed, stream: _Stre
     return _Watched(one.session, [Item(item.name, item.node, item.column, text=item.text, element=item.element)
                                   for item in one.items],
                     sampling_ns=group.sampling_ns, publishing_ns=group.publishing_ns, on_samples=on_samples,
-                    on_lost=lambda: None, on_idle=feed._idle, keep_alive_s=one._keep_alive_s,
+                    on_resting=feed._rested, on_lost=lambda: None, on_idle=feed._idle, keep_alive_s=one._keep_alive_s,
                     poll_ns=group.poll_ns, period_ns=group.period if group.poll_ns is not None else None)
 
 

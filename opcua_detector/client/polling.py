@@ -4,13 +4,12 @@ One prepared Read per poll and call size; its answer comes as columns, in the sh
 takes longer than it may is not overtaken by the next one: what is missed is counted.
 
 Polls come once per period of the rows, or more often where that is asked for: a change is then known one poll later
-and not one publishing interval later. A row must not close with the old value of a tag that is about to change, so what
-the more frequent polls hand on is what has changed, as a subscription would (`News`).
+and not one publishing interval later.
 
-Time of a sample. A value that has not changed comes with the stamp that it had before; as a sample it says that the
-value still stood when it was read. It then stands at its stamp plus the time that has passed on our clock since the
-stamp was first seen, up to the moment at which the Read was *sent*. The server answered after that, so any later change
-has a later stamp: the stamps of a tag never go back, whatever the distance of the two clocks and the round trip are.
+Time of a sample. A value that has not changed (`News`) comes with the stamp that it had before; as a sample it says
+that the value still stood when it was read. It is handed on with the moment at which the Read was *sent* in place of
+its stamp: the server answered after that, so any later change has a later stamp. What time that is for the source, the
+one who knows its clock tells (`feed.SourceClock.now`).
 """
 
 from __future__ import annotations
@@ -39,73 +38,68 @@ log = logging.getLogger(__name__)
 
 _FAILURES_IN_A_ROW = 3  # answers that are no values; then the connection counts as dead
 
+_NEVER = np.iinfo(np.int64).min // 2
+
 # (column int32[m], source_ns int64[m], samples): `source_ns` takes the place of the stamps of the samples
 OnPolled = Callable[[NDArray[np.int32], NDArray[np.int64], wire.Samples], None]
-
-
-class Stamps:
-    """Stamps of values that are read again and again.
-
-    Parameters
-    ----------
-    n : number of values in one Read
-    """
-
-    def __init__(self, n: int) -> None:
-        self._raw = np.full(n, wire.NO_STAMP, np.int64)
-        self._seen_ns = np.zeros(n, np.int64)
-
-    def of(self, raw: NDArray[np.int64], sent_ns: int, received_ns: int) -> NDArray[np.int64]:
-        """Return int64[n]: the stamps of one answer as samples.
-
-        raw : int64[n]; stamps as the server tells them, NO_STAMP where it tells none
-        sent_ns, received_ns : int; when the Read went out and its answer came, on a monotonic clock
-        """
-        known = (raw == self._raw) & (raw != wire.NO_STAMP)
-        stamps = np.where(known, raw + (sent_ns - self._seen_ns), raw)
-        self._seen_ns = np.where(known, self._seen_ns, received_ns)
-        self._raw = raw.copy()
-        return stamps
+# (column int32[m], samples, sent_ns): what still stood when the Read was sent, on our clock
+OnResting = Callable[[NDArray[np.int32], wire.Samples, int], None]
 
 
 class News:
-    """Which values of one Read are handed on, where polls come more often than rows.
+    """Tells which values of polls are news and which *rest*.
 
-    Handed on is what has changed (its stamp, value or status), and with it what *rests*: what has not changed for
-    `REST` periods. It stands as it was, and no row waits for it. What rests is handed on alone once per period.
+    News is what has changed since the last poll: its stamp, value or status. Where polls come as often as rows, the
+    others rest. Where they come more often, a row must not close with the old value of a tag that is about to change:
+    what rests is what has not changed for `REST` periods. It is handed on beside news, so that no row waits for it, and
+    alone once per period.
 
     Parameters
     ----------
-    m : number of values; period_ns : of the rows
+    every_ns : from one poll to the next; period_ns : of the rows
     """
 
     REST = 1.5
 
-    def __init__(self, m: int, period_ns: int) -> None:
-        self._period_ns, self._rest_ns = period_ns, int(self.REST * period_ns)
-        self._raw = np.zeros(m, np.int64)
-        self._value = np.zeros(m)
-        self._status = np.zeros(m, np.uint32)
-        self._changed_ns = np.full(m, np.iinfo(np.int64).min // 2)
-        self._handed_ns = np.iinfo(np.int64).min // 2
+    def __init__(self, every_ns: int, period_ns: int) -> None:
+        often = every_ns < period_ns
+        self._rest_ns, self._alone_ns = (int(self.REST * period_ns), period_ns) if often else (0, 0)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: the next value of each tag is news."""
+        self._raw, self._handed_ns = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._changed_ns = np.zeros(0, np.int64)
+        self._value, self._status = np.zeros(0), np.zeros(0, np.uint32)
 
     def of(
-        self, raw: NDArray[np.int64], value: NDArray[np.float64], status: NDArray[np.uint32], now_ns: int
-    ) -> NDArray[np.bool_]:
-        """Return bool[m]: what is handed on of this answer.
+        self, column: NDArray[np.int32], raw: NDArray[np.int64], value: NDArray[np.float64],
+        status: NDArray[np.uint32], now_ns: int,
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return bool[m], bool[m]: which values of an answer are news, and which are handed on as resting.
 
-        raw : int64[m]; stamps as the server tells them; value : float64[m]; status : uint32[m]; now_ns : monotonic
+        column : int32[m]; raw : int64[m]; stamps as the server tells them, NO_STAMP where it tells none; value :
+        float64[m]; status : uint32[m]; now_ns : monotonic
         """
-        same = (raw == self._raw) & (status == self._status)
-        same &= (value == self._value) | (np.isnan(value) & np.isnan(self._value))
-        self._raw, self._value, self._status = raw.copy(), value.copy(), status.copy()
-        self._changed_ns[~same] = now_ns
-        if same.all() and now_ns - self._handed_ns < self._period_ns:
-            return np.zeros(len(same), np.bool_)
-        handed = ~same | (now_ns - self._changed_ns >= self._rest_ns)
-        if handed.any():
-            self._handed_ns = now_ns
-        return handed
+        if column.max() >= len(self._raw):
+            self._widen(int(column.max()) + 1)
+        known = self._value[column]
+        news = (raw != self._raw[column]) | (status != self._status[column]) | (self._changed_ns[column] == _NEVER)
+        news |= (value != known) & ~(np.isnan(value) & np.isnan(known))
+        self._raw[column], self._value[column], self._status[column] = raw, value, status
+        self._changed_ns[column[news]] = now_ns
+        rests = ~news & (now_ns - self._changed_ns[column] >= self._rest_ns)
+        if not news.any():
+            rests &= now_ns - self._handed_ns[column] >= self._alone_ns
+        self._handed_ns[column[rests]] = now_ns
+        return news, rests
+
+    def _widen(self, n: int) -> None:
+        more = n - len(self._raw)
+        self._raw, self._value = np.append(self._raw, np.zeros(more, np.int64)), np.append(self._value, np.zeros(more))
+        self._status = np.append(self._status, np.zeros(more, np.uint32))
+        self._changed_ns = np.append(self._changed_ns, np.full(more, _NEVER))
+        self._handed_ns = np.append(self._handed_ns, np.full(more, _NEVER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +113,11 @@ class _Polled:
 class _Call:
     """The values of one Read."""
 
-    def __init__(self, token: bytes, nodes: Sequence[_Polled], period_ns: int | None) -> None:
+    def __init__(self, token: bytes, nodes: Sequence[_Polled]) -> None:
         self.n = len(nodes)
         self.fan = Fan({place: one.places for place, one in enumerate(nodes)})
         self.request = PreparedRead(token, [ReadFrom(one.node) for one in nodes])
         self.values = wire.Columns(self.n)
-        self.stamps = Stamps(self.n)
-        self.news = None if period_ns is None else News(sum(len(one.places) for one in nodes), period_ns)
 
 
 class Poller:
@@ -134,9 +126,10 @@ class Poller:
     Parameters
     ----------
     every_ns : from one poll to the next
-    period_ns : of the rows; where polls come more often, only news is handed on
-    on_polled : called with (column int32[m], source_ns int64[m], samples) after each answer; NO_STAMP where the server
-        gives neither stamp; the samples hold until it returns
+    period_ns : of the rows
+    on_polled : called with (column int32[m], source_ns int64[m], samples) of the news in an answer; NO_STAMP where the
+        server gives neither stamp; the samples hold until it returns
+    on_resting : called then with (column int32[m], samples, sent_ns) of what rests
     clock_ns : monotonic
 
     Attributes
@@ -147,14 +140,15 @@ class Poller:
     """
 
     def __init__(
-        self, session: Session, every_ns: int, on_polled: OnPolled, *, period_ns: int,
+        self, session: Session, every_ns: int, on_polled: OnPolled, on_resting: OnResting, *, period_ns: int,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.session = session
         self.counters = {"polls": 0, "poll_overruns": 0, "poll_failures": 0, "handler_errors": 0}
         self.last_heard_ns = 0
         self.every_ns, self._period_ns = every_ns, period_ns
-        self._on_polled, self._clock_ns = on_polled, clock_ns
+        self._on_polled, self._on_resting, self._clock_ns = on_polled, on_resting, clock_ns
+        self._news = News(every_ns, period_ns)
         self._nodes: dict[int, _Polled] = {}
         self._calls: list[_Call] | None = None
         self._failed = 0
@@ -187,6 +181,7 @@ class Poller:
         if self._task is None or self._task.done():
             self.last_heard_ns = self._clock_ns()
             self._failed = 0
+            self._news.forget()
             self._task = asyncio.create_task(self._poll(client), name="polling")
             self.session.watch_over(self._task, client)
 
@@ -236,9 +231,8 @@ class Poller:
         token = wire.token_of(client)
         size = self.session.limit("read")
         columns = sorted(self._nodes)
-        period_ns = self._period_ns if self.every_ns < self._period_ns else None
         return [
-            _Call(token, [self._nodes[column] for column in part], period_ns)
+            _Call(token, [self._nodes[column] for column in part])
             for part in (columns[first : first + size] for first in range(0, len(columns), size))
         ]
 
@@ -263,18 +257,16 @@ class Poller:
         self.counters["polls"] += 1
         answer = samples.raw
         raw = np.where(samples.source_ns == wire.NO_STAMP, samples.server_ns, samples.source_ns)
-        stamps = call.stamps.of(raw, sent_ns, received_ns)
         column, samples, rows = call.fan.spread(
             samples, lambda elements, room: wire.decode_read(answer, n, room, elements)
         )
-        stamps = stamps[rows]
-        if call.news is not None:
-            handed = np.flatnonzero(call.news.of(raw[rows], samples.value, samples.status, received_ns))
-            if not len(handed):
-                return True
-            column, stamps, samples = column[handed], stamps[handed], take(samples, handed)
+        raw = raw[rows]
+        news, rests = self._news.of(column, raw, samples.value, samples.status, received_ns)
         try:
-            self._on_polled(column, stamps, samples)
+            if news.any():
+                self._on_polled(column[news], raw[news], take(samples, np.flatnonzero(news)))
+            if rests.any():
+                self._on_resting(column[rests], take(samples, np.flatnonzero(rests)), sent_ns)
         except Exception:  # the next poll must not fail for it
             self.counters["handler_errors"] += 1
             if self.counters["handler_errors"] == 1:

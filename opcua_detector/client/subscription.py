@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConnectionProblem, DetectorError
 from . import silence, wire
-from .intake import Intake, OnSamples
+from .intake import Intake, OnRested, OnSamples
 from .items import NO_REPORTS, NO_ROOM, Item, Monitoring
 from .polling import Poller
 from .session import LinkState, Session
@@ -51,6 +51,8 @@ class Subscription:
 
     on_samples : called with (column int32[m], source_ns int64[m], value float64[m], status uint32[m]),
         synchronously, once per notification
+    on_resting : called with (column int32[m], value float64[m], status uint32[m], sent_ns) of polled values that have
+        not changed, and still stood at `sent_ns` of `clock_ns`
     on_lost : called when the connection or the subscription is gone: the next samples do not continue the
         last
     on_idle : called on a keep-alive, with the ns since the last message with values by the server's clock: it lives
@@ -75,6 +77,7 @@ class Subscription:
         sampling_ns: int,
         publishing_ns: int,
         on_samples: OnSamples,
+        on_resting: OnRested = lambda column, value, status, sent_ns: None,
         on_lost: Callable[[], None],
         on_idle: Callable[[int], None] | None = None,
         keep_alive_s: float | None = None,
@@ -100,7 +103,9 @@ class Subscription:
             "silent_items": 0,
         }
         period = period_ns or publishing_ns
-        self.poller = Poller(session, poll_ns or period, self._polled, period_ns=period, clock_ns=clock_ns)
+        self.poller = Poller(
+            session, poll_ns or period, self._polled, self._rested, period_ns=period, clock_ns=clock_ns
+        )
         self.last_heard_ns = 0
         self._published_ns = 0  # PublishTime of the last message with values, by the server's clock
         self._publishing_ns = publishing_ns
@@ -113,7 +118,7 @@ class Subscription:
             period_ns=period_ns,
         )
         self._silence = silence.Silence(len(self._state.doubted), clock_ns)
-        self._intake = Intake(self.items, self._state, on_samples, self.counters, self._silence, utc_ns)
+        self._intake = Intake(self.items, self._state, on_samples, on_resting, self.counters, self._silence, utc_ns)
         self._told_ms = math.nan
         self._tasks: list[asyncio.Task[None]] = []
         self._client: Client | None = None  # the tasks of any other connection end by themselves
@@ -350,9 +355,14 @@ class Subscription:
         self._intake.published(answer.samples)
 
     def _polled(self, columns: NDArray[np.int32], stamps: NDArray[np.int64], samples: wire.Samples) -> None:
-        """Take the answer of one poll."""
+        """Take what has changed by the answer of a poll."""
         self.last_heard_ns = self._clock_ns()
         self._intake.take(columns, stamps, samples)
+
+    def _rested(self, columns: NDArray[np.int32], samples: wire.Samples, sent_ns: int) -> None:
+        """Take what has not changed by the answer of a poll."""
+        self.last_heard_ns = self._clock_ns()
+        self._intake.rested(columns, samples, sent_ns)
 
     def _ended(self, code: str) -> None:
         """Make a new subscription on the same session when the server has ended this one."""

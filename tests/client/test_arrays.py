@@ -54,7 +54,7 @@ class Seen:
 def subscribe(session: Session, seen: Seen, items: Sequence[Item], *, poll: bool, **more: Any) -> Subscription:
     return Subscription(
         session, items, sampling_ns=0, publishing_ns=PERIOD, on_samples=seen.take, on_lost=seen.lost,
-        period_ns=None if not poll else PERIOD, poll=poll, **more,
+        period_ns=None if not poll else PERIOD, poll_ns=PERIOD if poll else None, **more,
     )
 
 

@@ -49,6 +49,27 @@ def test_a_clock_that_is_set_is_noticed_once(by: int) -> None:
     assert [source.send()[0] for _ in range(20)] == [True] + [False] * 19  # and back
 
 
+def test_the_time_of_the_source_is_told_by_its_last_changes() -> None:
+    source = Source()
+    assert source.clock.now(source.now) is None
+    source.send(late=5 * 10**6)
+    assert source.clock.now(source.now) == T0 + source.now - 5 * 10**6
+    source.send()
+    source.send(late=10**7, tags=(2,))  # the least delay counts
+    assert source.clock.now(source.now + 7) == T0 + source.now + 7
+    for _ in range(300):  # of the last 10 s and the 10 s before, in which anything changed
+        source.send(late=3 * 10**6)
+    assert source.clock.now(source.now) == T0 + source.now - 3 * 10**6
+    source.now += HOUR
+    assert source.clock.now(source.now) == T0 + source.now - 3 * 10**6
+    source.send(HOUR, tags=(1,))  # one tag that is wild is no clock
+    assert source.clock.now(source.now) == T0 + source.now - 3 * 10**6
+    source.send(-2 * HOUR)
+    assert source.clock.now(source.now) == T0 + source.now - 2 * HOUR
+    source.clock.forget()
+    assert source.clock.now(source.now) is None
+
+
 def test_a_small_step_is_left_to_the_rule_of_time() -> None:
     source = Source()
     assert not any(source.send()[0] for _ in range(5))

@@ -32,7 +32,7 @@ class Last:
 def of(session: Session, last: Last, *items: Item, poll: bool = False) -> Subscription:
     return Subscription(
         session, items, sampling_ns=0, publishing_ns=PERIOD, on_samples=last.take, on_lost=lambda: None,
-        period_ns=PERIOD if poll else None, poll=poll,
+        period_ns=PERIOD if poll else None, poll_ns=PERIOD if poll else None,
     )
 
 
