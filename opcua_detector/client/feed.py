@@ -36,7 +36,8 @@ class SourceClock:
     network that was slow and is quick again never shows stamps ahead of it, a clock that was set forward does. A clock
     that was set back shows stamps behind those that the same tags had before. One tag alone is no clock: most samples
     of a notification must say so, and where they are few, those of three notifications in a row. Samples that are
-    ahead of a clock that was not set are of no use: their rows lie in the future.
+    ahead of a clock that was not set are of no use: their rows lie in the future. Where nothing has changed yet, values
+    of a plant at a standstill are all that is known of the clock: it is not set when the plant begins to move.
 
     It also tells what time it is for the source (`now`), for values that were read again and had not changed. There the
     least delay is one of the last changes only: clocks that run unevenly by 50 ppm are .2 s apart after an hour, and a
@@ -52,6 +53,7 @@ class SourceClock:
         self._tolerance_ns = tolerance_ns
         self._last = np.zeros(n_tags, np.int64)
         self._ahead_ns: int | None = None  # the largest (stamp - our clock) so far
+        self._moved = False  # whether a tag has come twice
         self._suspected = 0
         self._of_span_ns = self._of_last_span_ns = _UNKNOWN  # the same, of the last spans
         self._span_from_ns = 0
@@ -60,6 +62,7 @@ class SourceClock:
         """Begin anew: the next connection may be to another source."""
         self._last[:] = 0
         self._ahead_ns = None
+        self._moved = False
         self._suspected = 0
         self._of_span_ns = self._of_last_span_ns = _UNKNOWN
 
@@ -87,21 +90,23 @@ class SourceClock:
         newest_ns = int(source_ns.max()) - now_ns
         if self._ahead_ns is None:
             self._ahead_ns = newest_ns
+        again = self._moved or bool(self._last[column].any())
         most_ns = min(self._ahead_ns + now_ns + self._tolerance_ns, _LAST_NS)
         n_wild = wild_stamps(self._last, column, source_ns, most_ns, self._tolerance_ns)
         if n_wild == 0:
-            self._suspected = 0
+            self._suspected, self._moved = 0, again
             self._ahead_ns = max(self._ahead_ns, newest_ns)
             self._note(newest_ns, now_ns)
             return False, None
         if 2 * n_wild > len(column):
             self._suspected += 1
             if 2 * len(column) >= len(self._last) or self._suspected >= _SUSPICIONS:
+                was_set = self._moved
                 self.forget()
-                self._ahead_ns = newest_ns
+                self._ahead_ns, self._moved = newest_ns, True
                 self._note(newest_ns, now_ns)
                 self._last[column] = source_ns
-                return True, None
+                return was_set, None
         # A stamp that goes back is late, which the rule of time counts; one that is ahead would open a gap.
         use = source_ns <= most_ns
         return False, None if use.all() else use

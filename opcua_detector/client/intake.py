@@ -102,20 +102,14 @@ class Intake:
             self.counters["null_timestamp"] += int(null.sum())
             stamps = np.where(null, samples.server_ns, stamps)
             stamps = np.where(stamps == wire.NO_STAMP, self._utc_ns(), stamps)
-        status = samples.status
-        if samples.notes & wire.NOTE_STATUS or self._state.doubted.any():
-            severe = status >= 0x80000000
-            if severe.any() or self._state.doubted.any():
-                self._look_for_gone(columns, status, severe)
-            self.counters["overload"] += int(((status & 0xFFFF0000) == GOOD_OVERLOAD).sum())
-        value, status = self._numbers(columns, samples)
+        value, status = self._looked_at(columns, samples)
         self._silence.heard(columns, samples.value, samples.status)
         self._on_samples(columns, stamps, value, status)
 
     def rested(self, columns: NDArray[np.int32], samples: wire.Samples, sent_ns: int) -> None:
-        """Hand on what was read again and had not changed; what is odd of it was counted when it changed."""
+        """Hand on what was read again and had not changed."""
         self.counters["samples"] += len(columns)
-        value, status = self._numbers(columns, samples)
+        value, status = self._looked_at(columns, samples)
         self._on_resting(columns, value, status, sent_ns)
 
     def _look_for_gone(
@@ -128,10 +122,15 @@ class Intake:
         for column in columns[~gone & self._state.doubted[columns]]:
             self._state.back(int(column))
 
-    def _numbers(
+    def _looked_at(
         self, columns: NDArray[np.int32], samples: wire.Samples
     ) -> tuple[NDArray[np.float64], NDArray[np.uint32]]:
-        """Return values and status, without the texts of tags that are numbers."""
+        """Count what is odd of the status; return values and status, without the texts of tags that are numbers."""
+        if samples.notes & wire.NOTE_STATUS or self._state.doubted.any():
+            severe = samples.status >= 0x80000000
+            if severe.any() or self._state.doubted.any():
+                self._look_for_gone(columns, samples.status, severe)
+            self.counters["overload"] += int(((samples.status & 0xFFFF0000) == GOOD_OVERLOAD).sum())
         if samples.text_at is None or not (
                 self._textual.any() or (samples.notes & wire.NOTE_TEXT and (samples.text_at >= 0).any())):
             return samples.value, samples.status

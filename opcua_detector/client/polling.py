@@ -49,10 +49,11 @@ OnResting = Callable[[NDArray[np.int32], wire.Samples, int], None]
 class News:
     """Tells which values of polls are news and which *rest*.
 
-    News is what has changed since the last poll: its stamp, value or status. Where polls come as often as rows, the
-    others rest. Where they come more often, a row must not close with the old value of a tag that is about to change:
-    what rests is what has not changed for `REST` periods. It is handed on beside news, so that no row waits for it, and
-    alone once per period.
+    News has another stamp than at the last poll. Where polls come as often as rows, the others rest. Where they come
+    more often, a row must not close with the old value of a tag that is about to change: what rests is what has not
+    changed for `REST` periods. It is handed on beside news, so that no row waits for it, and alone once per period. A
+    value or status that changes under the same stamp, which some servers never renew, is handed on at once, as what
+    rests: its stamp says nothing of the change.
 
     Parameters
     ----------
@@ -84,13 +85,14 @@ class News:
         if column.max() >= len(self._raw):
             self._widen(int(column.max()) + 1)
         known = self._value[column]
-        news = (raw != self._raw[column]) | (status != self._status[column]) | (self._changed_ns[column] == _NEVER)
-        news |= (value != known) & ~(np.isnan(value) & np.isnan(known))
+        other = (value != known) & ~(np.isnan(value) & np.isnan(known)) | (status != self._status[column])
+        news = (raw != self._raw[column]) | (self._changed_ns[column] == _NEVER) | (other & (raw == wire.NO_STAMP))
         self._raw[column], self._value[column], self._status[column] = raw, value, status
-        self._changed_ns[column[news]] = now_ns
-        rests = ~news & (now_ns - self._changed_ns[column] >= self._rest_ns)
+        self._changed_ns[column[news | other]] = now_ns
+        rests = now_ns - self._changed_ns[column] >= self._rest_ns
         if not news.any():
             rests &= now_ns - self._handed_ns[column] >= self._alone_ns
+        rests = ~news & (rests | other)
         self._handed_ns[column[rests]] = now_ns
         return news, rests
 

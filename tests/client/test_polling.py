@@ -53,22 +53,24 @@ def test_news_is_what_changed_and_what_rests_comes_with_it_or_once_per_period(
     columns = np.array([4, 0, 2], np.int32)
     raw, value, status = np.zeros(3, np.int64), np.array([0.0, np.nan, 1.0]), np.zeros(3, np.uint32)
     now = 0
-    changed_at, handed_at = np.zeros(3, np.int64), np.full(3, -(10**6))
+    stamped_at, changed_at, handed_at = np.zeros(3, np.int64), np.zeros(3, np.int64), np.full(3, -(10**6))
     for n, (later, changes, what) in enumerate(polls):
         now += later
         at = np.array(sorted(changes if n else {0, 1, 2}), np.int64)  # nothing is known before the first answer
         if what == "stamp":
             raw[at] += n
+            stamped_at[at] = now
         elif what == "value":
             value[at] = now if n else value[at]
         else:
             status[at] += n
         changed_at[at] = now
+        stamped_at[at if not n else []] = now
         found, rests = news.of(columns, raw, value, status, now)
-        changed = changed_at == now
-        due = now - handed_at >= (0 if changed.any() else alone)
-        assert found.tolist() == changed.tolist()
-        assert rests.tolist() == (~changed & (now - changed_at >= rest) & due).tolist()
+        changed, stamped = changed_at == now, stamped_at == now
+        due = (now - changed_at >= rest) & (now - handed_at >= (0 if stamped.any() else alone))
+        assert found.tolist() == stamped.tolist()
+        assert rests.tolist() == (~stamped & (due | changed)).tolist()
         handed_at[rests] = now
     news.forget()
     assert news.of(columns, raw, value, status, now)[0].all()
@@ -188,6 +190,47 @@ async def move(odd: OddServer, name: str) -> None:
     for k in range(10**6):
         await odd.nodes[name].write_value(float(k))
         await asyncio.sleep(PERIOD / 2e9)
+
+
+@pytest.mark.parametrize("sampling", ["25 ms", "poll", "poll 5 ms"])
+async def test_rows_begin_where_a_plant_that_stood_still_begins_to_move(
+    odd: OddServer, link: Session, sampling: str
+) -> None:
+    names = await add_many(odd, 3)
+    old = datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=1)
+    for name in names:
+        value = ua.Variant(1.0, ua.VariantType.Double)
+        await odd.nodes[name].write_value(ua.DataValue(value, SourceTimestamp=old))
+    rows = Rows()
+    feed = GroupFeed(polled(sampling=sampling, tags=tags_of(odd, names)), {"plant": link}, rows.take)
+    await feed.start()
+    await asyncio.sleep(0.5)
+    moves = [asyncio.create_task(move(odd, name)) for name in names]
+    try:
+        await rows.until(lambda r: len(r.rows) > 40 and all(row[3].all() for row in r.rows[-20:]))
+    finally:
+        for one in moves:
+            one.cancel()
+    await feed.stop()
+    assert feed.counters()["clock_jumps"] == 0
+
+
+@pytest.mark.parametrize("sampling", ["poll", "poll 5 ms"])
+async def test_values_that_change_under_a_stamp_that_does_not_are_taken(
+    odd: OddServer, link: Session, sampling: str
+) -> None:
+    names = await add_many(odd, 2)
+    old = datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=1)
+    rows = Rows()
+    feed = GroupFeed(polled(sampling=sampling, max_hold=4, tags=tags_of(odd, names)), {"plant": link}, rows.take)
+    await feed.start()
+    for k in range(20):
+        value = ua.Variant(float(k), ua.VariantType.Double)
+        for name in names:
+            await odd.nodes[name].write_value(ua.DataValue(value, SourceTimestamp=old))
+        await rows.until(lambda r, k=float(k): bool(r.rows) and r.rows[-1][2].tolist() == [k, k])  # type: ignore[misc]
+    assert all(row[3].all() for row in rows.rows[4:])
+    await feed.stop()
 
 
 async def test_of_an_array_that_is_polled_between_rows_one_element_changes(odd: OddServer, link: Session) -> None:

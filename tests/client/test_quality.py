@@ -49,6 +49,16 @@ def test_a_clock_that_is_set_is_noticed_once(by: int) -> None:
     assert [source.send()[0] for _ in range(20)] == [True] + [False] * 19  # and back
 
 
+@pytest.mark.parametrize("tags", [(0, 1, 2, 3), (2,)])
+def test_a_plant_that_begins_to_move_has_set_no_clock(tags: tuple[int, ...]) -> None:
+    source = Source()
+    source.send(late=HOUR)  # the values of a plant that has stood still for an hour
+    source.now += 60 * S
+    found = [source.send(tags=tags) for _ in range(5)]
+    assert not any(jumped for jumped, _ in found) and found[-3:] == [(False, None)] * 3
+    assert [source.send(HOUR)[0] for _ in range(3)] == [True, False, False]
+
+
 def test_the_time_of_the_source_is_told_by_its_last_changes() -> None:
     source = Source()
     assert source.clock.now(source.now) is None
