@@ -205,11 +205,21 @@ def test_defaults_of_the_rule_of_time_follow_the_period():
 
 
 @pytest.mark.parametrize(("typed", "every"), [
-    ("poll", 20_000_000), ("poll 2 ms", 2_000_000), ("poll 20ms", 20_000_000),
+    ("poll", 10_000_000), ("poll 2 ms", 2_000_000), ("poll 20ms", 20_000_000),
 ])
-def test_polls_come_once_per_period_or_as_often_as_asked(typed, every):
+def test_polls_come_twice_per_period_or_as_often_as_asked(typed, every):
     group = parse(GOOD.replace("    max_hold: 20", f"    sampling: {typed}")).group("fast")
     assert (group.poll_ns, group.sampling_ns) == (every, 10_000_000)
+
+
+@pytest.mark.parametrize(("period", "sampling", "every"), [
+    ("20 ms", "5 ms", 5_000_000), ("20 ms", "0 ms", 10_000_000), ("20 ms", "30 ms", 10_000_000),
+    ("1 ms", "0 ms", 10**6),
+])
+def test_what_cannot_be_reported_is_read_as_often_as_it_would_have_been_sampled(period, sampling, every):
+    text = GOOD.replace("    period: 20 ms", f"    period: {period}")
+    text = text.replace("    max_hold: 20", f"    sampling: {sampling}")
+    assert parse(text).group("fast").fallback_poll_ns == every
 
 
 @pytest.mark.parametrize(("line", "instead", "key", "value", "expected"), [case[1:] for case in BAD],

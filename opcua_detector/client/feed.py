@@ -167,11 +167,13 @@ class GroupFeed:
                     publishing_ns=group.publishing_ns,
                     on_samples=partial(self._samples, server=server),
                     on_resting=partial(self._rested, server=server),
+                    on_hole=self._hole,
                     on_lost=partial(self._lost, server, columns_of(items[first : first + most])),
                     on_idle=self._idle,
                     keep_alive_s=max(_LEAST_KEEP_ALIVE_S, group.max_hold * group.period / 2e9),
                     period_ns=group.period,
                     poll_ns=group.poll_ns,
+                    fallback_poll_ns=group.fallback_poll_ns,
                     clock_ns=clock_ns,
                 )
 
@@ -266,6 +268,11 @@ class GroupFeed:
         self._newest_ns = max(rest_ns, self._newest_ns or 0)
         self._pushed_at_ns = self._clock_ns()
         self.builder.push(column, np.full(len(column), rest_ns), value, status)
+        self._drain()
+
+    def _hole(self, column: NDArray[np.int32]) -> None:
+        """Let the next row be a gap: changes of these polled tags may have been missed."""
+        self.builder.connection_lost(column)
         self._drain()
 
     def _clock_was_set(self, server: str) -> None:

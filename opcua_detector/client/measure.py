@@ -139,8 +139,9 @@ def _watch(one: Subscription, group: GroupConfig, feed: GroupFeed, stream: _Stre
     return _Watched(one.session, [Item(item.name, item.node, item.column, text=item.text, element=item.element)
                                   for item in one.items],
                     sampling_ns=group.sampling_ns, publishing_ns=group.publishing_ns, on_samples=on_samples,
-                    on_resting=feed._rested, on_lost=lambda: None, on_idle=feed._idle, keep_alive_s=one._keep_alive_s,
-                    poll_ns=group.poll_ns, period_ns=group.period if group.poll_ns is not None else None)
+                    on_resting=feed._rested, on_hole=feed._hole, on_lost=lambda: None, on_idle=feed._idle,
+                    keep_alive_s=one._keep_alive_s, poll_ns=group.poll_ns, fallback_poll_ns=group.fallback_poll_ns,
+                    period_ns=group.period if group.poll_ns is not None else None)
 
 
 # --- requested against revised ---
@@ -200,10 +201,11 @@ def _polled(told: Examined, where: str, every_ms: float, part: _Watched) -> dict
     slow = overruns > polls * _LEFT_OUT
     told.add(where, "polls", Mark.WARNING if slow else Mark.OK,
              f"read every {_ms(every_ms)} instead of monitored, as configured: {polls} answers, {overruns} polls left "
-             "out",
+             f"out, {part.counts['poll_holes']} holes in which changes may have been missed",
              "an answer takes longer than that: poll less often, or leave 'sampling' out to have changes reported"
              if slow else "")
-    return {"polls": {"every_ms": every_ms, "answers": polls, "left_out": overruns}}
+    return {"polls": {"every_ms": every_ms, "answers": polls, "left_out": overruns,
+                      "holes": part.counts["poll_holes"]}}
 
 
 # --- what came ---

@@ -3,8 +3,12 @@
 One prepared Read per poll and call size; its answer comes as columns, in the shape of a notification. A poll that
 takes longer than it may is not overtaken by the next one: what is missed is counted.
 
-Polls come once per period of the rows, or more often where that is asked for: a change is then known one poll later
-and not one publishing interval later.
+Polls come at least twice per period of the rows, unless another interval is asked for: at the period itself changes are
+lost, as they are by sampling. A change is known one poll later and not one publishing interval later.
+
+Holes. A Read tells what is, and not what was since the last one. Where no answer came for `HOLE` periods, or where the
+stamps show that the source catches up, changes in between may have been missed: the values of that answer do not
+continue the last ones, and are told as the first after a hole.
 
 Time of a sample. A value that has not changed (`News`) comes with the stamp that it had before; as a sample it says
 that the value still stood when it was read. It is handed on with the moment at which the Read was *sent* in place of
@@ -38,12 +42,15 @@ log = logging.getLogger(__name__)
 
 _FAILURES_IN_A_ROW = 3  # answers that are no values; then the connection counts as dead
 
+HOLE = 1.5  # periods without an answer, in which a row may have had no sample of its own
 _NEVER = np.iinfo(np.int64).min // 2
 
 # (column int32[m], source_ns int64[m], samples): `source_ns` takes the place of the stamps of the samples
 OnPolled = Callable[[NDArray[np.int32], NDArray[np.int64], wire.Samples], None]
 # (column int32[m], samples, sent_ns): what still stood when the Read was sent, on our clock
 OnResting = Callable[[NDArray[np.int32], wire.Samples, int], None]
+# (column int32[m]): the next values of these do not continue the last ones
+OnHole = Callable[[NDArray[np.int32]], None]
 
 
 class News:
@@ -55,6 +62,9 @@ class News:
     value or status that changes under the same stamp, which some servers never renew, is handed on at once, as what
     rests: its stamp says nothing of the change.
 
+    The source *catches up* where most values change at every poll or nearly so, and their stamps go on faster than our
+    clock, by more than `HOLE` periods.
+
     Parameters
     ----------
     every_ns : from one poll to the next; period_ns : of the rows
@@ -64,6 +74,7 @@ class News:
 
     def __init__(self, every_ns: int, period_ns: int) -> None:
         often = every_ns < period_ns
+        self._hole_ns = int(HOLE * period_ns)
         self._rest_ns, self._alone_ns = (int(self.REST * period_ns), period_ns) if often else (0, 0)
         self.forget()
 
@@ -75,26 +86,32 @@ class News:
 
     def of(
         self, column: NDArray[np.int32], raw: NDArray[np.int64], value: NDArray[np.float64],
-        status: NDArray[np.uint32], now_ns: int,
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return bool[m], bool[m]: which values of an answer are news, and which are handed on as resting.
+        status: NDArray[np.uint32], now_ns: int, *, hole: bool = False,
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], bool]:
+        """Return bool[m], bool[m], bool: which values of an answer are news, which are handed on as resting, a hole.
+
+        Behind a hole everything is handed on.
 
         column : int32[m]; raw : int64[m]; stamps as the server tells them, NO_STAMP where it tells none; value :
-        float64[m]; status : uint32[m]; now_ns : monotonic
+        float64[m]; status : uint32[m]; now_ns : monotonic; hole : whether there was one before this answer
         """
         if column.max() >= len(self._raw):
             self._widen(int(column.max()) + 1)
         known = self._value[column]
         other = (value != known) & ~(np.isnan(value) & np.isnan(known)) | (status != self._status[column])
         news = (raw != self._raw[column]) | (self._changed_ns[column] == _NEVER) | (other & (raw == wire.NO_STAMP))
+        if 2 * int(news.sum()) > len(column) and not hole:
+            since = now_ns - self._changed_ns[column]
+            timed = news & (raw != wire.NO_STAMP) & (self._raw[column] != wire.NO_STAMP) & (since <= self._hole_ns)
+            hole = 2 * int((timed & (raw - self._raw[column] - since > self._hole_ns)).sum()) > len(column)
         self._raw[column], self._value[column], self._status[column] = raw, value, status
         self._changed_ns[column[news | other]] = now_ns
         rests = now_ns - self._changed_ns[column] >= self._rest_ns
         if not news.any():
             rests &= now_ns - self._handed_ns[column] >= self._alone_ns
-        rests = ~news & (rests | other)
+        rests = ~news & (rests | other | hole)
         self._handed_ns[column[rests]] = now_ns
-        return news, rests
+        return news, rests, hole
 
     def _widen(self, n: int) -> None:
         more = n - len(self._raw)
@@ -120,6 +137,7 @@ class _Call:
         self.fan = Fan({place: one.places for place, one in enumerate(nodes)})
         self.request = PreparedRead(token, [ReadFrom(one.node) for one in nodes])
         self.values = wire.Columns(self.n)
+        self.sent_ns = self.received_ns = _NEVER  # the last time
 
 
 class Poller:
@@ -132,24 +150,26 @@ class Poller:
     on_polled : called with (column int32[m], source_ns int64[m], samples) of the news in an answer; NO_STAMP where the
         server gives neither stamp; the samples hold until it returns
     on_resting : called then with (column int32[m], samples, sent_ns) of what rests
+    on_hole : called before both with the columns of an answer whose values do not continue the last ones
     clock_ns : monotonic
 
     Attributes
     ----------
-    counters : polls (answers), poll_overruns (polls left out since an answer was slow), poll_failures,
-        handler_errors
+    counters : polls (answers), poll_overruns (polls left out since an answer was slow), poll_holes (answers behind a
+        hole), poll_failures, handler_errors
     last_heard_ns : when the last answer came, by `clock_ns`
     """
 
     def __init__(
-        self, session: Session, every_ns: int, on_polled: OnPolled, on_resting: OnResting, *, period_ns: int,
-        clock_ns: Callable[[], int] = time.monotonic_ns,
+        self, session: Session, every_ns: int, on_polled: OnPolled, on_resting: OnResting, on_hole: OnHole, *,
+        period_ns: int, clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.session = session
-        self.counters = {"polls": 0, "poll_overruns": 0, "poll_failures": 0, "handler_errors": 0}
+        self.counters = {"polls": 0, "poll_overruns": 0, "poll_holes": 0, "poll_failures": 0, "handler_errors": 0}
         self.last_heard_ns = 0
         self.every_ns, self._period_ns = every_ns, period_ns
-        self._on_polled, self._on_resting, self._clock_ns = on_polled, on_resting, clock_ns
+        self._on_polled, self._on_resting, self._on_hole = on_polled, on_resting, on_hole
+        self._clock_ns = clock_ns
         self._news = News(every_ns, period_ns)
         self._nodes: dict[int, _Polled] = {}
         self._calls: list[_Call] | None = None
@@ -263,8 +283,13 @@ class Poller:
             samples, lambda elements, room: wire.decode_read(answer, n, room, elements)
         )
         raw = raw[rows]
-        news, rests = self._news.of(column, raw, samples.value, samples.status, received_ns)
+        hole = call.received_ns != _NEVER and (
+            max(sent_ns - call.sent_ns, received_ns - call.received_ns) > HOLE * self._period_ns)
+        call.sent_ns, call.received_ns = sent_ns, received_ns
+        news, rests, hole = self._news.of(column, raw, samples.value, samples.status, received_ns, hole=hole)
         try:
+            if hole:
+                self._tell_hole(column)
             if news.any():
                 self._on_polled(column[news], raw[news], take(samples, np.flatnonzero(news)))
             if rests.any():
@@ -274,6 +299,16 @@ class Poller:
             if self.counters["handler_errors"] == 1:
                 log.exception("%s: a poll could not be worked on; further ones are counted only", self.session.where)
         return True
+
+
+    def _tell_hole(self, column: NDArray[np.int32]) -> None:
+        self.counters["poll_holes"] += 1
+        if self.counters["poll_holes"] == 1:
+            log.warning(
+                "%s: polls came so late that changes were missed (rows of %g ms); a gap stands for them, further ones "
+                "are counted only", self.session.where, self._period_ns / 1e6,
+            )
+        self._on_hole(column)
 
 
 def _name(error: UaError) -> str:

@@ -22,7 +22,7 @@ from ..errors import ConnectionProblem, DetectorError
 from . import silence, wire
 from .intake import Intake, OnRested, OnSamples
 from .items import NO_REPORTS, NO_ROOM, Item, Monitoring
-from .polling import Poller
+from .polling import OnHole, Poller
 from .session import LinkState, Session
 
 log = logging.getLogger(__name__)
@@ -53,19 +53,21 @@ class Subscription:
         synchronously, once per notification
     on_resting : called with (column int32[m], value float64[m], status uint32[m], sent_ns) of polled values that have
         not changed, and still stood at `sent_ns` of `clock_ns`
+    on_hole : called with column int32[m] of polled tags whose next samples do not continue the last
     on_lost : called when the connection or the subscription is gone: the next samples do not continue the
         last
     on_idle : called on a keep-alive, with the ns since the last message with values by the server's clock: it lives
         and nothing has changed
     keep_alive_s : how soon a server without news says that it lives, at most KEEP_ALIVE_S
     period_ns : of the rows; None: nothing is ever polled for being too slow
-    poll_ns : read so often from the start; None: monitored, and read once per period where that cannot be
+    poll_ns : read so often from the start; None: monitored
+    fallback_poll_ns : how often tags are read that cannot be monitored; None: twice per period
     clock_ns, utc_ns : for silence, and for samples without any stamp
 
     counters : notifications, samples, keep_alives, overload (GoodOverload), null_timestamp, lost_notifications,
         rebuilt (subscriptions made anew), type_changes (to text and back), not_numeric (samples masked for that),
         unknown_handles (samples of items that are none of ours), silent_items (monitored anew, since the server did not
-        report their changes any more), polls, poll_overruns, poll_failures,
+        report their changes any more), polls, poll_overruns, poll_holes, poll_failures,
         handler_errors (see `Poller`)
     """
 
@@ -78,11 +80,13 @@ class Subscription:
         publishing_ns: int,
         on_samples: OnSamples,
         on_resting: OnRested = lambda column, value, status, sent_ns: None,
+        on_hole: OnHole = lambda column: None,
         on_lost: Callable[[], None],
         on_idle: Callable[[int], None] | None = None,
         keep_alive_s: float | None = None,
         period_ns: int | None = None,
         poll_ns: int | None = None,
+        fallback_poll_ns: int | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         utc_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -104,7 +108,8 @@ class Subscription:
         }
         period = period_ns or publishing_ns
         self.poller = Poller(
-            session, poll_ns or period, self._polled, self._rested, period_ns=period, clock_ns=clock_ns
+            session, poll_ns or fallback_poll_ns or period // 2, self._polled, self._rested, on_hole,
+            period_ns=period, clock_ns=clock_ns,
         )
         self.last_heard_ns = 0
         self._published_ns = 0  # PublishTime of the last message with values, by the server's clock

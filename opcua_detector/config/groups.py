@@ -74,7 +74,13 @@ class GroupConfig(Section):
     @property
     def poll_ns(self) -> int | None:
         """How often the group is read although the server could report changes (`sampling: poll`); None: it is not."""
-        return (self.sampling.every or self.period) if isinstance(self.sampling, Poll) else None
+        return (self.sampling.every or self.fallback_poll_ns) if isinstance(self.sampling, Poll) else None
+
+    @property
+    def fallback_poll_ns(self) -> int:
+        """How often tags are read that the server cannot report: as often as it would have sampled them."""
+        often = 0 < self.sampling_ns < self.period
+        return max(10**6, self.sampling_ns if often else self.period // 2)
 
     @property
     def sampling_ns(self) -> int:

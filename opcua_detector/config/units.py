@@ -42,7 +42,7 @@ def _size(value: Any) -> int:
 class Poll:
     """`sampling: poll` or `poll 2 ms`: tags are read, although the server could report their changes.
 
-    every : ns; None: once per period
+    every : ns; None: twice per period
     """
 
     every: int | None = None

@@ -46,6 +46,7 @@ SUBSCRIPTION: Table = {
     "unknown_handles": ("unknown_handles", "Values of items that are none of ours."),
     "polls": ("polls", "Answers to reads of tags that cannot be monitored, or not fast enough."),
     "poll_overruns": ("poll_overruns", "Polls that were left out since an answer was slow."),
+    "poll_holes": ("poll_holes", "Answers to polls that came so late that changes were missed; the next row is a gap."),
     "poll_failures": ("poll_failures", "Polls that were refused."),
     "handler_errors": ("handler_errors", "Polls that could not be worked on."),
 }

@@ -66,7 +66,8 @@ def test_news_is_what_changed_and_what_rests_comes_with_it_or_once_per_period(
             status[at] += n
         changed_at[at] = now
         stamped_at[at if not n else []] = now
-        found, rests = news.of(columns, raw, value, status, now)
+        found, rests, hole = news.of(columns, raw, value, status, now)
+        assert not hole
         changed, stamped = changed_at == now, stamped_at == now
         due = (now - changed_at >= rest) & (now - handed_at >= (0 if stamped.any() else alone))
         assert found.tolist() == stamped.tolist()
@@ -74,6 +75,27 @@ def test_news_is_what_changed_and_what_rests_comes_with_it_or_once_per_period(
         handed_at[rests] = now
     news.forget()
     assert news.of(columns, raw, value, status, now)[0].all()
+
+
+def test_a_source_that_catches_up_leaves_holes_and_one_that_is_slow_does_not() -> None:
+    period = 20
+    columns, zeros = np.arange(3, dtype=np.int32), np.zeros(3)
+    status = np.zeros(3, np.uint32)
+
+    def holes(stamps: list[int | tuple[int, ...]], every: int) -> list[bool]:
+        news = News(every, period)
+        return [news.of(columns, np.array(np.broadcast_to(one, 3), np.int64), zeros, status, 1000 + k * every)[2]
+                for k, one in enumerate(stamps)]
+
+    assert not any(holes([20 * k + k % 3 for k in range(20)], 20))  # in step
+    assert not any(holes([20 * (k // 10) for k in range(50)], 2))
+    assert holes([0, 20, 40, 200, 360, 380, 400], 20) == [False] * 3 + [True] * 2 + [False] * 2
+    assert not any(holes([(0, 0, 0), (20, 20, 20), (900, 40, 40), (1800, 60, 60)], 20))  # one tag is no clock
+    assert not any(holes([0, 0, 0, 0, 150, 150, 150, 150, 180, 180, 180, 180, 300], 20))  # seldom, late at will
+    found = News(20, period)
+    found.of(columns, np.zeros(3, np.int64), zeros, status, 0)
+    news, rests, hole = found.of(columns, np.array([20, 0, 0], np.int64), zeros, status, 100, hole=True)
+    assert news.tolist() == [True, False, False] and rests.tolist() == [False, True, True] and hole
 
 
 # --- groups ---
@@ -213,6 +235,39 @@ async def test_rows_begin_where_a_plant_that_stood_still_begins_to_move(
             one.cancel()
     await feed.stop()
     assert feed.counters()["clock_jumps"] == 0
+
+
+@pytest.mark.parametrize("sampling", ["poll", "poll 5 ms"])
+async def test_changes_that_no_poll_has_seen_are_a_gap_and_not_held_rows(
+    odd: OddServer, link: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sampling: str
+) -> None:
+    names = await add_many(odd, 3)
+    rows = Rows()
+    feed = GroupFeed(polled(sampling=sampling, tags=tags_of(odd, names)), {"plant": link}, rows.take)
+    await feed.start()
+    moves = [asyncio.create_task(move(odd, name)) for name in names[:2]]
+    try:
+        await rows.more(30)
+        (one,) = feed.subscriptions.values()
+        read = one.poller._read
+
+        async def slow(*given: Any) -> bool:
+            monkeypatch.undo()
+            await asyncio.sleep(4 * PERIOD / 1e9)  # far less than max_hold
+            return await read(*given)
+
+        before, gaps = len(rows.rows), sum(row[1] for row in rows.rows)
+        monkeypatch.setattr(one.poller, "_read", slow)
+        await rows.until(lambda r: sum(row[1] for row in r.rows) > gaps)
+        await rows.more(20)
+    finally:
+        for one_ in moves:
+            one_.cancel()
+    await feed.stop()
+    assert feed.counters()["poll_holes"] >= 1 and any("changes were missed" in one.message for one in caplog.records)
+    assert link.counters["lost"] == 0 and all(row[3].all() for row in rows.rows[before + 1 :])
+    behind = [k for k, row in enumerate(rows.rows) if row[1] and k >= before - 1]
+    assert any(rows.rows[k][0] - rows.rows[k - 1][0] >= 3 * PERIOD for k in behind)
 
 
 @pytest.mark.parametrize("sampling", ["poll", "poll 5 ms"])
