@@ -7,8 +7,8 @@ Polls come at least twice per period of the rows, unless another interval is ask
 lost, as they are by sampling. A change is known one poll later and not one publishing interval later.
 
 Holes. A Read tells what is, and not what was since the last one. Where no answer came for `HOLE` periods, or where the
-stamps show that the source catches up, changes in between may have been missed: the values of that answer do not
-continue the last ones, and are told as the first after a hole.
+stamps show that values were missed (`poll_news.Steps`), the values of that answer do not continue the last ones, and
+are told as the first after a hole.
 
 Time of a sample. A value that has not changed (`News`) comes with the stamp that it had before; as a sample it says
 that the value still stood when it was read. It is handed on with the moment at which the Read was *sent* in place of
@@ -34,6 +34,7 @@ from ..errors import ConnectionProblem
 from . import wire
 from .arrays import Fan, take
 from .limits import TOO_MUCH
+from .poll_news import HOLE, NEVER, News
 from .session import Session
 from .waiting import within
 from .wire_requests import PreparedRead, ReadFrom
@@ -42,8 +43,6 @@ log = logging.getLogger(__name__)
 
 _FAILURES_IN_A_ROW = 3  # answers that are no values; then the connection counts as dead
 
-HOLE = 1.5  # periods without an answer, in which a row may have had no sample of its own
-_NEVER = np.iinfo(np.int64).min // 2
 
 # (column int32[m], source_ns int64[m], samples): `source_ns` takes the place of the stamps of the samples
 OnPolled = Callable[[NDArray[np.int32], NDArray[np.int64], wire.Samples], None]
@@ -51,74 +50,6 @@ OnPolled = Callable[[NDArray[np.int32], NDArray[np.int64], wire.Samples], None]
 OnResting = Callable[[NDArray[np.int32], wire.Samples, int], None]
 # (column int32[m]): the next values of these do not continue the last ones
 OnHole = Callable[[NDArray[np.int32]], None]
-
-
-class News:
-    """Tells which values of polls are news and which *rest*.
-
-    News has another stamp than at the last poll. Where polls come as often as rows, the others rest. Where they come
-    more often, a row must not close with the old value of a tag that is about to change: what rests is what has not
-    changed for `REST` periods. It is handed on beside news, so that no row waits for it, and alone once per period. A
-    value or status that changes under the same stamp, which some servers never renew, is handed on at once, as what
-    rests: its stamp says nothing of the change.
-
-    The source *catches up* where most values change at every poll or nearly so, and their stamps go on faster than our
-    clock, by more than `HOLE` periods.
-
-    Parameters
-    ----------
-    every_ns : from one poll to the next; period_ns : of the rows
-    """
-
-    REST = 1.5
-
-    def __init__(self, every_ns: int, period_ns: int) -> None:
-        often = every_ns < period_ns
-        self._hole_ns = int(HOLE * period_ns)
-        self._rest_ns, self._alone_ns = (int(self.REST * period_ns), period_ns) if often else (0, 0)
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin anew: the next value of each tag is news."""
-        self._raw, self._handed_ns = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._changed_ns = np.zeros(0, np.int64)
-        self._value, self._status = np.zeros(0), np.zeros(0, np.uint32)
-
-    def of(
-        self, column: NDArray[np.int32], raw: NDArray[np.int64], value: NDArray[np.float64],
-        status: NDArray[np.uint32], now_ns: int, *, hole: bool = False,
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], bool]:
-        """Return bool[m], bool[m], bool: which values of an answer are news, which are handed on as resting, a hole.
-
-        Behind a hole everything is handed on.
-
-        column : int32[m]; raw : int64[m]; stamps as the server tells them, NO_STAMP where it tells none; value :
-        float64[m]; status : uint32[m]; now_ns : monotonic; hole : whether there was one before this answer
-        """
-        if column.max() >= len(self._raw):
-            self._widen(int(column.max()) + 1)
-        known = self._value[column]
-        other = (value != known) & ~(np.isnan(value) & np.isnan(known)) | (status != self._status[column])
-        news = (raw != self._raw[column]) | (self._changed_ns[column] == _NEVER) | (other & (raw == wire.NO_STAMP))
-        if 2 * int(news.sum()) > len(column) and not hole:
-            since = now_ns - self._changed_ns[column]
-            timed = news & (raw != wire.NO_STAMP) & (self._raw[column] != wire.NO_STAMP) & (since <= self._hole_ns)
-            hole = 2 * int((timed & (raw - self._raw[column] - since > self._hole_ns)).sum()) > len(column)
-        self._raw[column], self._value[column], self._status[column] = raw, value, status
-        self._changed_ns[column[news | other]] = now_ns
-        rests = now_ns - self._changed_ns[column] >= self._rest_ns
-        if not news.any():
-            rests &= now_ns - self._handed_ns[column] >= self._alone_ns
-        rests = ~news & (rests | other | hole)
-        self._handed_ns[column[rests]] = now_ns
-        return news, rests, hole
-
-    def _widen(self, n: int) -> None:
-        more = n - len(self._raw)
-        self._raw, self._value = np.append(self._raw, np.zeros(more, np.int64)), np.append(self._value, np.zeros(more))
-        self._status = np.append(self._status, np.zeros(more, np.uint32))
-        self._changed_ns = np.append(self._changed_ns, np.full(more, _NEVER))
-        self._handed_ns = np.append(self._handed_ns, np.full(more, _NEVER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +68,7 @@ class _Call:
         self.fan = Fan({place: one.places for place, one in enumerate(nodes)})
         self.request = PreparedRead(token, [ReadFrom(one.node) for one in nodes])
         self.values = wire.Columns(self.n)
-        self.sent_ns = self.received_ns = _NEVER  # the last time
+        self.sent_ns = self.received_ns = NEVER  # the last time
 
 
 class Poller:
@@ -283,7 +214,7 @@ class Poller:
             samples, lambda elements, room: wire.decode_read(answer, n, room, elements)
         )
         raw = raw[rows]
-        hole = call.received_ns != _NEVER and (
+        hole = call.received_ns != NEVER and (
             max(sent_ns - call.sent_ns, received_ns - call.received_ns) > HOLE * self._period_ns)
         call.sent_ns, call.received_ns = sent_ns, received_ns
         news, rests, hole = self._news.of(column, raw, samples.value, samples.status, received_ns, hole=hole)

@@ -26,6 +26,7 @@ SEVERITY = 700  # of a lost connection: between an alert of a monitor (500 by de
 SETTLE_S = 2.0  # a historian takes this long to have the last value before the connection came back
 MOST_GAPS = 16  # of one group that wait to be filled
 _TRIES, _AGAIN_S = 3, 5.0
+_LEAST_ROWS = 5  # that are worth a question to the history; fewer are missed where a poll comes late
 
 
 def alarm_name(server: str) -> str:
@@ -112,8 +113,8 @@ class GapFiller:
 
     Attributes
     ----------
-    counters : gaps_filled, gaps_left (without history, or beyond the bounds), backfilled_rows, backfill_left_rows
-        (beyond the bounds)
+    counters : gaps_filled, gaps_left (without history, beyond the bounds, or of a few rows),
+        backfilled_rows, backfill_left_rows (beyond the bounds)
     """
 
     group: GroupConfig
@@ -129,13 +130,15 @@ class GapFiller:
         self._rows = Continuity(self.group.period, self.group.lateness_ns)
         self._gaps: asyncio.Queue[list[Gap]] = asyncio.Queue(MOST_GAPS)
         self._task: asyncio.Task[None] | None = None
-        self._told = ""
+        self._told: set[str] = set()
 
     def row(self, source_ns: int, gap: bool) -> None:
         """Take the time of a row; called on the loop for each."""
         missing = self._rows.row(source_ns, gap, self.clock_ns())
-        if missing:
+        if any(gap.rows(self.group.period) >= _LEAST_ROWS for gap in missing):
             self._found(missing)
+        elif missing:
+            self.counters["gaps_left"] += 1
 
     async def stop(self) -> None:
         """Fill nothing more."""
@@ -221,8 +224,8 @@ class GapFiller:
         """Note that a gap stays one: the recording marks it by its gap flag."""
         self.counters["gaps_left"] += 1
         self._audit("gap left", missing, {"why": why})
-        if why != self._told:  # once for each reason: a server without history is one line
-            self._told = why
+        if why not in self._told:  # once for each reason: a server without history is one line
+            self._told.add(why)
             log.warning("group %s: the gap from %s to %s stays one: %s", self.group.name, iso_utc(missing[0].after_ns),
                         iso_utc(missing[-1].before_ns), why)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from opcua_detector.client import GroupFeed, LinkState, Session, session
 from opcua_detector.client.limits import Profile
-from opcua_detector.client.polling import News
+from opcua_detector.client.poll_news import News
 from opcua_detector.config import GroupConfig, TagConfig
 from sim_server.testing import RunningPlant, running_plant
 
@@ -88,6 +88,10 @@ def test_a_source_that_catches_up_leaves_holes_and_one_that_is_slow_does_not() -
                 for k, one in enumerate(stamps)]
 
     assert not any(holes([20 * k + k % 3 for k in range(20)], 20))  # in step
+    assert holes([20 * k + 20 * (k > 10) for k in range(20)], 20) == [k == 11 for k in range(20)]  # one was missed
+    assert sum(holes([20 * k if k < 10 else 40 * k - 200 for k in range(40)], 20)) < 10  # another pace
+    rng = np.random.default_rng(0)
+    assert not any(holes(np.cumsum(rng.integers(5, 40, 50)).tolist(), 20)[5:])  # at will
     assert not any(holes([20 * (k // 10) for k in range(50)], 2))
     assert holes([0, 20, 40, 200, 360, 380, 400], 20) == [False] * 3 + [True] * 2 + [False] * 2
     assert not any(holes([(0, 0, 0), (20, 20, 20), (900, 40, 40), (1800, 60, 60)], 20))  # one tag is no clock

@@ -19,7 +19,7 @@ from opcua_detector.nodes import State
 from opcua_detector.store import Store
 
 from .proxy import TO_CLIENT, TO_SERVER
-from .rig import Rig, rigged, until
+from .rig import PER_ROW, Rig, rigged, until
 from .seen import Seen, watching
 from .vendors import ALL, FULL, PLANT_URI, Vendor
 
@@ -37,6 +37,7 @@ class Fault:
     long : left out of the tests that everybody runs, where another fault is much like it
     seen : words for what a user sees of it beside State, Quality and the alarm of the connection, which are recorded
     lost : words for what is lost, where the counters do not say it all
+    per_row : messages that a row costs
     """
 
     name: str
@@ -47,6 +48,7 @@ class Fault:
     long: bool = False
     seen: str = ""
     lost: str = ""
+    per_row: float = PER_ROW
 
 
 async def cut(rig: Rig) -> None:
@@ -434,7 +436,7 @@ async def hold(fault: Fault, vendor: Vendor, folder: Path) -> Seen:
         await rig.strike_begins()
         with watching(rig, fault.name) as seen:
             await fault.strike(rig)
-            await rig.survived()
+            await rig.survived(per_row=fault.per_row)
         for name in fault.counted:
             assert rig.grown(name) > 0, f"{name} does not tell of it: {rig.counters()}"
         for name in fault.still:
