@@ -33,6 +33,14 @@ def tags_of(odd: OddServer, names: list[str], **changes: Any) -> tuple[TagConfig
     return tuple(TagConfig(name=name, node=odd.text(name), **changes) for name in names)
 
 
+OLD = datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=1)
+
+
+async def write_old(odd: OddServer, name: str, value: float) -> None:
+    """Write a value under the stamp of an hour ago, always the same."""
+    await odd.nodes[name].write_value(ua.DataValue(ua.Variant(value, ua.VariantType.Double), SourceTimestamp=OLD))
+
+
 # --- news ---
 
 
@@ -157,10 +165,8 @@ async def test_a_tag_that_has_rested_for_long_is_valid_beside_one_that_moves_and
     odd: OddServer, link: Session, sampling: str
 ) -> None:
     names = await add_many(odd, 3)
-    old = datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=1)
     for k in (1, 2):
-        value = ua.Variant(float(k), ua.VariantType.Double)
-        await odd.nodes[names[k]].write_value(ua.DataValue(value, SourceTimestamp=old))
+        await write_old(odd, names[k], float(k))
     rows = Rows()
     feed = GroupFeed(polled(sampling=sampling, max_hold=4, tags=tags_of(odd, names)), {"plant": link}, rows.take)
     await feed.start()
@@ -223,10 +229,8 @@ async def test_rows_begin_where_a_plant_that_stood_still_begins_to_move(
     odd: OddServer, link: Session, sampling: str
 ) -> None:
     names = await add_many(odd, 3)
-    old = datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=1)
     for name in names:
-        value = ua.Variant(1.0, ua.VariantType.Double)
-        await odd.nodes[name].write_value(ua.DataValue(value, SourceTimestamp=old))
+        await write_old(odd, name, 1.0)
     rows = Rows()
     feed = GroupFeed(polled(sampling=sampling, tags=tags_of(odd, names)), {"plant": link}, rows.take)
     await feed.start()
@@ -279,14 +283,12 @@ async def test_values_that_change_under_a_stamp_that_does_not_are_taken(
     odd: OddServer, link: Session, sampling: str
 ) -> None:
     names = await add_many(odd, 2)
-    old = datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=1)
     rows = Rows()
     feed = GroupFeed(polled(sampling=sampling, max_hold=4, tags=tags_of(odd, names)), {"plant": link}, rows.take)
     await feed.start()
     for k in range(20):
-        value = ua.Variant(float(k), ua.VariantType.Double)
         for name in names:
-            await odd.nodes[name].write_value(ua.DataValue(value, SourceTimestamp=old))
+            await write_old(odd, name, float(k))
         await rows.until(lambda r, k=float(k): bool(r.rows) and r.rows[-1][2].tolist() == [k, k])  # type: ignore[misc]
     assert all(row[3].all() for row in rows.rows[4:])
     await feed.stop()
